@@ -1,0 +1,176 @@
+"""Traffic nouns: routes, upstreams, splits, assignments and the request-log row.
+
+Made by serve.router (assignments, rows), serve.rollout (splits) and the serve configuration (upstreams);
+read by distill_jobs.collect (rows). Knows nothing about HTTP, storage or statistics.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from contracts.config import Record
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+
+class Arm(StrEnum):
+    """An upstream's part in a route."""
+
+    STABLE = "stable"
+    CANARY = "canary"
+    SHADOW = "shadow"
+
+
+class Upstream(Record):
+    """What answers: a Ray Serve application of ours, or any OpenAI-compatible URL. Exactly one of the two."""
+
+    name: str = Field(pattern=NAME)
+    model: str
+    """Model name the upstream expects in the request body."""
+    app: str | None = None
+    """Ray Serve application whose replicas register their endpoints in the state store."""
+    url: str | None = None
+    """Base URL that ends before /v1, e.g. http://127.0.0.1:8100."""
+    api_key_env: str | None = None
+    """Environment variable that holds the upstream's key; the key itself is never stored."""
+    digest: str | None = None
+    """Digest of the artifact it serves, when it is a student of ours."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Upstream:
+        if (self.app is None) == (self.url is None):
+            raise ValueError(f"upstream {self.name!r}: give exactly one of 'app' and 'url'")
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _no_trailing_slash(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value.rstrip("/").removesuffix("/v1")
+
+
+class Split(Record):
+    """Versioned weights of one route: the only thing router and rollout share.
+
+    `weight` is the canary's share in [0, 1]; assignment is monotone in it. `salt` is drawn once per
+    rollout and kept through its ramp, so that raising the weight never moves anybody back.
+    """
+
+    route: str = Field(pattern=NAME)
+    version: int = Field(ge=1)
+    salt: str
+    stable: Upstream
+    canary: Upstream | None = None
+    weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    rollout_id: str | None = None
+    """The rollout whose evidence this split collects; None outside a rollout."""
+    window: str | None = None
+    """Label of the current step, copied to request logs so that analysis needs no guess."""
+
+    @model_validator(mode="after")
+    def _weight_needs_canary(self) -> Split:
+        if self.weight > 0 and self.canary is None:
+            raise ValueError("weight > 0 needs a canary")
+        return self
+
+
+class UnitKind(StrEnum):
+    """Where the assignment unit came from, best first."""
+
+    HEADER = "header"
+    USER = "user"
+    METADATA = "metadata"
+    MESSAGES = "messages"
+    REQUEST = "request"
+
+
+class Reason(StrEnum):
+    """Why an arm was assigned; only RANDOM counts as evidence."""
+
+    RANDOM = "random"
+    OVERRIDE = "override"
+    ONLY_ARM = "only_arm"
+
+
+class Assignment(Record):
+    """One decision of the router, logged at decision time."""
+
+    arm: Arm
+    reason: Reason
+    unit_kind: UnitKind
+    unit_hash: str
+    """First 16 hex digits of sha256(unit): enough to count units, not enough to recover them."""
+    fraction: float = Field(ge=0.0, lt=1.0)
+    split_version: int
+
+
+class Outcome(StrEnum):
+    """How a request ended, seen by the assigned arm. CLIENT_CLOSED and REJECTED are nobody's fault."""
+
+    OK = "ok"
+    UPSTREAM_ERROR = "upstream_error"
+    TIMEOUT = "timeout"
+    BROKEN_STREAM = "broken_stream"
+    CLIENT_ERROR = "client_error"
+    CLIENT_CLOSED = "client_closed"
+    REJECTED = "rejected"
+
+    @property
+    def counts(self) -> bool:
+        """True when the outcome says something about the arm that was assigned."""
+        return self in (Outcome.OK, Outcome.UPSTREAM_ERROR, Outcome.TIMEOUT, Outcome.BROKEN_STREAM)
+
+    @property
+    def failed(self) -> bool:
+        """True when the assigned arm failed the request (even if a fallback saved the client)."""
+        return self in (Outcome.UPSTREAM_ERROR, Outcome.TIMEOUT, Outcome.BROKEN_STREAM)
+
+
+class RequestRow(Record):
+    """One line of the request log (JSON). Written by serve.request_log, read by distill_jobs.collect.
+
+    Seconds are wall-clock durations; `ts` is Unix seconds at arrival.
+    """
+
+    request_id: str
+    ts: float
+    route: str
+    endpoint: str
+    arm: Arm
+    """The arm that was assigned and is charged."""
+    served_arm: Arm
+    """The arm whose bytes the client got; differs from `arm` after a fallback."""
+    reason: Reason
+    unit_kind: UnitKind
+    unit_hash: str
+    split_version: int
+    rollout_id: str | None = None
+    upstream: str
+    model: str
+    digest: str | None = None
+    stream: bool
+    status: int
+    outcome: Outcome
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float
+    overhead_s: float
+    """Time spent inside the router before the upstream was asked."""
+    grade: bool | None = None
+    """The grader's verdict on the answer, None when it could not be graded."""
+    request: dict[str, Any]
+    """The request body as the client sent it."""
+    response_text: str | None = None
+    """The assistant's text, assembled from the stream when there was one."""
+    response: dict[str, Any] | None = None
+    """The whole response body of a non-streaming request."""
+    error: str | None = None

@@ -1,0 +1,175 @@
+"""Schema and engine of the state store: SQLite by default, PostgreSQL by URL.
+
+Everything the data plane and the control plane share goes through these tables. Knows nothing about
+what the rows mean; see traffic.py and rollouts.py beside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    insert,
+    select,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from contracts.errors import StateError
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+_BigKey = BigInteger().with_variant(Integer, "sqlite")
+
+schema_table = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
+
+splits = Table(
+    "splits",
+    metadata,
+    Column("route", String(128), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+)
+
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("app", String(160), primary_key=True),
+    Column("replica", String(160), primary_key=True),
+    Column("url", String(256), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("seen_at", Float, nullable=False),
+)
+
+routers = Table(
+    "routers",
+    metadata,
+    Column("replica", String(160), primary_key=True),
+    Column("body", Text, nullable=False),
+    Column("seen_at", Float, nullable=False),
+)
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("replica", String(160), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("route", String(128), nullable=False),
+    Column("rollout_id", String(128)),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("ledger_by_route", "route", "replica", "seq"),
+    Index("ledger_by_time", "at"),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("route", String(128), nullable=False, index=True),
+    Column("active_route", String(128), unique=True),
+    Column("created_at", Float, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("status_version", Integer, nullable=False),
+)
+"""`active_route` equals the route while the rollout is active and NULL after: the database itself
+guarantees one active rollout a route."""
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("rollout_id", String(128), nullable=False, index=True),
+    Column("tick", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+    UniqueConstraint("rollout_id", "tick", "kind", name="one_entry_a_tick"),
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("rollout_id", String(128), nullable=False, index=True),
+    Column("verb", String(16), nullable=False),
+    Column("by", String(128), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("done_at", Float),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("digest", String(128), primary_key=True),
+    Column("rollout_id", String(128), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(160), nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+
+def open_state(url: str) -> Engine:
+    """Open (and create if need be) the state store.
+
+    Args:
+        url: SQLAlchemy URL, e.g. ``sqlite:////var/lib/stillhouse/state.db`` or ``postgresql+psycopg://…``.
+
+    Raises:
+        StateError: unreachable, or its schema is of another version.
+    """
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", _sqlite_pragmas)
+        metadata.create_all(engine, checkfirst=True)
+        _check_schema(engine)
+    except (SQLAlchemyError, ImportError) as err:
+        raise StateError(f"state store {url!r} cannot be opened: {err}. Check the URL and that it is writable.") from err
+    return engine
+
+
+def _check_schema(engine: Engine) -> None:
+    with engine.begin() as db:
+        found = db.execute(select(schema_table.c.version)).scalar()
+        if found is None:
+            try:
+                with db.begin_nested():
+                    db.execute(insert(schema_table).values(version=SCHEMA_VERSION))
+            except IntegrityError:  # another process created it in the same moment
+                pass
+        elif found != SCHEMA_VERSION:
+            raise StateError(f"state store has schema version {found}, this release needs {SCHEMA_VERSION}.")
+
+
+def _sqlite_pragmas(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    # WAL lets routers read while the controller writes; NORMAL survives a killed process (not a power cut).
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,181 @@
+"""Splits, endpoints, router reports and the evidence ledger: what routers and controllers exchange.
+
+Every method is one short transaction. Knows nothing about HTTP, Ray or statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from sqlalchemy import Connection, Engine, and_, delete, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from contracts.config import Record
+from contracts.errors import ConflictError
+from contracts.rollout import LedgerEntry
+from contracts.traffic import Split
+from serve.state.tables import endpoints, ledger, routers, splits
+
+
+class Endpoint(Record):
+    """One HTTP-speaking engine replica of a Serve application."""
+
+    app: str
+    replica: str
+    url: str
+    pid: int
+    seen_at: float
+
+
+class RouterReport(Record):
+    """What a router replica says of itself, about once a second."""
+
+    replica: str
+    versions: dict[str, int] = {}
+    """Route → split version it assigns with."""
+    in_flight: dict[str, int] = {}
+    """Upstream name → requests in flight."""
+    seen_at: float = 0.0
+
+
+class TrafficState:
+    """Typed access to the traffic tables of one state store."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # splits -----------------------------------------------------------------------------------
+
+    def splits(self) -> dict[str, Split]:
+        """All splits by route."""
+        with self._engine.connect() as db:
+            rows = db.execute(select(splits.c.route, splits.c.body)).all()
+        return {route: Split.model_validate_json(body) for route, body in rows}
+
+    def get_split(self, route: str) -> Split | None:
+        """The current split of a route, or None."""
+        with self._engine.connect() as db:
+            body = db.execute(select(splits.c.body).where(splits.c.route == route)).scalar()
+        return None if body is None else Split.model_validate_json(body)
+
+    def put_split(self, split: Split) -> None:
+        """Write a split whose version is exactly one above the stored one (1 for a new route).
+
+        Raises: ConflictError when somebody else wrote in between.
+        """
+        with self._engine.begin() as db:
+            write_split(db, split)
+
+    def delete_split(self, route: str) -> None:
+        """Remove a route."""
+        with self._engine.begin() as db:
+            db.execute(delete(splits).where(splits.c.route == route))
+
+    # endpoints ----------------------------------------------------------------------------------
+
+    def put_endpoint(self, app: str, replica: str, url: str, pid: int) -> None:
+        """Register an engine replica, or refresh its heartbeat."""
+        values = {"url": url, "pid": pid, "seen_at": time.time()}
+        with self._engine.begin() as db:
+            key = and_(endpoints.c.app == app, endpoints.c.replica == replica)
+            if db.execute(update(endpoints).where(key).values(**values)).rowcount == 0:
+                db.execute(insert(endpoints).values(app=app, replica=replica, **values))
+
+    def drop_endpoint(self, app: str, replica: str | None = None) -> None:
+        """Forget one replica of an application, or all of them."""
+        with self._engine.begin() as db:
+            where = endpoints.c.app == app
+            if replica is not None:
+                where = and_(where, endpoints.c.replica == replica)
+            db.execute(delete(endpoints).where(where))
+
+    def endpoints(self, max_age_s: float | None = None) -> dict[str, list[Endpoint]]:
+        """Application → its replicas, only those seen within `max_age_s` when given."""
+        query = select(endpoints).order_by(endpoints.c.app, endpoints.c.replica)
+        if max_age_s is not None:
+            query = query.where(endpoints.c.seen_at >= time.time() - max_age_s)
+        found: dict[str, list[Endpoint]] = {}
+        with self._engine.connect() as db:
+            for row in db.execute(query).mappings():
+                found.setdefault(row["app"], []).append(Endpoint(**row))
+        return found
+
+    # routers ------------------------------------------------------------------------------------
+
+    def report_router(self, report: RouterReport) -> None:
+        """Store a router replica's report, stamped now."""
+        values = {"body": report.model_dump_json(), "seen_at": time.time()}
+        with self._engine.begin() as db:
+            key = routers.c.replica == report.replica
+            if db.execute(update(routers).where(key).values(**values)).rowcount == 0:
+                db.execute(insert(routers).values(replica=report.replica, **values))
+
+    def drop_router(self, replica: str) -> None:
+        """Forget a router replica that leaves."""
+        with self._engine.begin() as db:
+            db.execute(delete(routers).where(routers.c.replica == replica))
+
+    def routers(self, max_age_s: float) -> list[RouterReport]:
+        """Reports of the router replicas seen within `max_age_s`."""
+        query = select(routers.c.body, routers.c.seen_at).where(routers.c.seen_at >= time.time() - max_age_s)
+        with self._engine.connect() as db:
+            rows = db.execute(query).all()
+        return [RouterReport.model_validate_json(b).model_copy(update={"seen_at": at}) for b, at in rows]
+
+    # ledger -------------------------------------------------------------------------------------
+
+    def append_ledger(self, entries: Iterable[LedgerEntry]) -> None:
+        """Append entries; one already stored (same replica and sequence) is left as it is, so retries are safe."""
+        with self._engine.begin() as db:
+            for entry in entries:
+                try:
+                    with db.begin_nested():
+                        db.execute(
+                            insert(ledger).values(
+                                replica=entry.replica,
+                                seq=entry.seq,
+                                route=entry.route,
+                                rollout_id=entry.rollout_id,
+                                at=entry.at,
+                                body=entry.model_dump_json(),
+                            )
+                        )
+                except IntegrityError:
+                    continue
+
+    def read_ledger(self, route: str, rollout_id: str, cursor: dict[str, int]) -> list[LedgerEntry]:
+        """Entries of a rollout not yet consumed: per replica, those above its cursor, in order.
+
+        A replica commits its own entries in order, so a per-replica cursor never skips a late commit
+        (one global cursor would, under PostgreSQL).
+        """
+        query = select(ledger.c.body).where(ledger.c.route == route, ledger.c.rollout_id == rollout_id)
+        if cursor:
+            seen = [and_(ledger.c.replica == r, ledger.c.seq > s) for r, s in cursor.items()]
+            query = query.where(or_(ledger.c.replica.notin_(list(cursor)), *seen))
+        query = query.order_by(ledger.c.replica, ledger.c.seq)
+        with self._engine.connect() as db:
+            return [LedgerEntry.model_validate_json(body) for (body,) in db.execute(query)]
+
+    def prune_ledger(self, older_than_s: float) -> int:
+        """Delete entries older than this; returns how many."""
+        with self._engine.begin() as db:
+            return db.execute(delete(ledger).where(ledger.c.at < time.time() - older_than_s)).rowcount
+
+
+def write_split(db: Connection, split: Split) -> None:
+    """Compare-and-set a split inside a transaction of the caller's. Raises ConflictError on a lost race."""
+    body = split.model_dump_json()
+    if split.version == 1:
+        try:
+            with db.begin_nested():
+                db.execute(insert(splits).values(route=split.route, version=1, body=body))
+        except IntegrityError as err:
+            raise ConflictError(f"route {split.route!r} already has a split; read it and write version + 1.") from err
+        return
+    where = and_(splits.c.route == split.route, splits.c.version == split.version - 1)
+    if db.execute(update(splits).where(where).values(version=split.version, body=body)).rowcount != 1:
+        raise ConflictError(
+            f"split of route {split.route!r} was changed by somebody else (version {split.version - 1} is gone)."
+        )
