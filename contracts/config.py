@@ -64,7 +64,8 @@ def parse_config(data: Any, model: type[C], source: str = "configuration") -> C:
         return model.model_validate(data)
     except ValidationError as err:
         lines = [
-            f"  {'.'.join(str(p) for p in e['loc']) or '(top level)'}: {_explain(e, model)}" for e in err.errors()
+            f"  {'.'.join(str(p) for p in e['loc']) or '(top level)'}: {_explain(e, model)}"
+            for e in err.errors()
         ]
         raise ConfigError(f"{source} is not valid:\n" + "\n".join(lines)) from err
 

@@ -72,7 +72,9 @@ def judge(gates: list[Gate], metrics: dict[str, float | None]) -> GateReport:
 def _judge_one(gate: Gate, metrics: dict[str, float | None]) -> GateResult:
     value = metrics.get(gate.metric)
     if value is None or math.isnan(value):
-        return GateResult(gate=gate, value=None, verdict=Verdict.NO_DATA, reason=f"{gate.metric} was not measured")
+        return GateResult(
+            gate=gate, value=None, verdict=Verdict.NO_DATA, reason=f"{gate.metric} was not measured"
+        )
     name = gate.metric
     if gate.relative_to is not None:
         reference = metrics.get(gate.relative_to)

@@ -7,6 +7,7 @@ every decision can be replayed. Knows nothing about storage, HTTP or Ray.
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 
 from pydantic import Field, model_validator
 
@@ -18,7 +19,7 @@ LATENCY_BUCKETS_S: tuple[float, ...] = (
     0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.030, 0.040, 0.060, 0.080, 0.100, 0.150, 0.200, 0.300,
     0.400, 0.600, 0.800, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
 )  # fmt: skip
-"""Upper edges in seconds of every latency histogram (router metrics and ledger): fine enough for small models."""
+"""Upper edges in seconds of every latency histogram (metrics and ledger): fine enough for small models."""
 
 
 class Phase(StrEnum):
@@ -50,8 +51,8 @@ PHASE_SENTENCES: dict[Phase, str] = {
     Phase.PROMOTING: "all tests passed; the canary takes all traffic and the old stable drains",
     Phase.PROMOTED: "the student is the route's stable upstream",
     Phase.ROLLING_BACK: "the weight is zero again and the canary drains",
-    Phase.ROLLED_BACK: "the student was thrown back and its digest is quarantined",
-    Phase.ABORTED: "a person ended it; the route is as before",
+    Phase.ROLLED_BACK: "the student was thrown back; if it did harm its digest is quarantined",
+    Phase.ABORTED: "it ended without a verdict (a person, or its engine never came up); the route is as before",
 }
 
 
@@ -76,7 +77,7 @@ class MetricSpec(Record):
     tolerance: float | None = Field(default=None, ge=0, lt=1)
     """Harm tolerance: roll back if p_canary > p_stable + tolerance is shown. Default: margin / 4."""
     thresholds_s: tuple[float, ...] = ()
-    """Latency metrics: upper edges from LATENCY_BUCKETS_S; their e-values are averaged. Required for ttft and e2e."""
+    """Upper edges from LATENCY_BUCKETS_S, their e-values averaged; required for ttft and e2e, else empty."""
 
     @model_validator(mode="after")
     def _check(self) -> MetricSpec:
@@ -84,7 +85,8 @@ class MetricSpec(Record):
             wrong = [t for t in self.thresholds_s if t not in LATENCY_BUCKETS_S]
             if not self.thresholds_s or wrong:
                 raise ValueError(
-                    f"metric {self.kind}: thresholds_s must be bucket edges {LATENCY_BUCKETS_S}; not edges: {wrong}"
+                    f"metric {self.kind}: thresholds_s must be bucket edges; {wrong or 'none given'}: "
+                    f"choose from {LATENCY_BUCKETS_S}"
                 )
         elif self.thresholds_s:
             raise ValueError(f"metric {self.kind}: thresholds_s is only for latency metrics")
@@ -142,7 +144,7 @@ class RolloutSpec(Record):
         if not self.steps:
             raise ValueError("steps must not be empty")
         weights = [s.weight for s in self.steps]
-        if any(b <= a for a, b in zip(weights, weights[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(weights)):
             raise ValueError(f"steps must have strictly rising weights, got {weights}")
         if not self.metrics:
             raise ValueError("metrics must not be empty: a rollout without evidence can never promote")
@@ -237,3 +239,7 @@ class RolloutStatus(Record):
     paused: bool = False
     max_weight: float = 0.0
     """Highest weight the canary ever had."""
+    stable: Upstream | None = None
+    """The route's stable upstream when the ramp began: where a rollback goes back to, what a promotion drains."""
+    engine_errors: int = Field(default=0, ge=0)
+    """Errors in a row of whoever runs the engine: a budget of their own, never held against the student."""

@@ -10,7 +10,7 @@ import json
 import time
 from typing import Any
 
-from sqlalchemy import Engine, and_, insert, or_, select, update
+from sqlalchemy import Engine, and_, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from contracts.config import Record, canonical_json
@@ -75,7 +75,7 @@ class RolloutState:
         except IntegrityError as err:
             raise ConflictError(
                 f"route {spec.route!r} already has an active rollout (or id {spec.id!r} exists). "
-                f"See it with 'stillhouse rollout status {spec.route}', end it with 'stillhouse rollout abort'."
+                f"See 'stillhouse rollout status {spec.route}'; 'stillhouse rollout abort' ends it."
             ) from err
 
     def get(self, rollout_id: str) -> StoredRollout:
@@ -139,7 +139,9 @@ class RolloutState:
             if done_commands:
                 db.execute(update(commands).where(commands.c.id.in_(done_commands)).values(done_at=now))
             if quarantined is not None:
-                known = db.execute(select(quarantine.c.digest).where(quarantine.c.digest == quarantined[0])).first()
+                known = db.execute(
+                    select(quarantine.c.digest).where(quarantine.c.digest == quarantined[0])
+                ).first()
                 if known is None:
                     db.execute(
                         insert(quarantine).values(
@@ -164,7 +166,9 @@ class RolloutState:
             raise NotFoundError(f"no command {verb!r}; there are {', '.join(VERBS)}.")
         with self._engine.begin() as db:
             db.execute(
-                insert(commands).values(rollout_id=rollout_id, verb=verb, by=by, reason=reason, at=time.time())
+                insert(commands).values(
+                    rollout_id=rollout_id, verb=verb, by=by, reason=reason, at=time.time()
+                )
             )
 
     def pending_commands(self, rollout_id: str) -> list[Command]:
@@ -201,3 +205,8 @@ class RolloutState:
                 return True
             except IntegrityError:
                 return False
+
+    def release_lease(self, name: str, holder: str) -> None:
+        """Give a lease back, so that the next controller need not wait for it to expire."""
+        with self._engine.begin() as db:
+            db.execute(delete(leases).where(leases.c.name == name, leases.c.holder == holder))

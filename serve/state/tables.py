@@ -150,7 +150,9 @@ def open_state(url: str) -> Engine:
         metadata.create_all(engine, checkfirst=True)
         _check_schema(engine)
     except (SQLAlchemyError, ImportError) as err:
-        raise StateError(f"state store {url!r} cannot be opened: {err}. Check the URL and that it is writable.") from err
+        raise StateError(
+            f"state store {url!r} cannot be opened: {err}. Check the URL and that it is writable."
+        ) from err
     return engine
 
 

@@ -126,7 +126,7 @@ class TrafficState:
     # ledger -------------------------------------------------------------------------------------
 
     def append_ledger(self, entries: Iterable[LedgerEntry]) -> None:
-        """Append entries; one already stored (same replica and sequence) is left as it is, so retries are safe."""
+        """Append entries; one already stored (same replica and seq) stays as it is, so retries are safe."""
         with self._engine.begin() as db:
             for entry in entries:
                 try:
@@ -172,10 +172,13 @@ def write_split(db: Connection, split: Split) -> None:
             with db.begin_nested():
                 db.execute(insert(splits).values(route=split.route, version=1, body=body))
         except IntegrityError as err:
-            raise ConflictError(f"route {split.route!r} already has a split; read it and write version + 1.") from err
+            raise ConflictError(
+                f"route {split.route!r} already has a split; read it and write version + 1."
+            ) from err
         return
     where = and_(splits.c.route == split.route, splits.c.version == split.version - 1)
     if db.execute(update(splits).where(where).values(version=split.version, body=body)).rowcount != 1:
         raise ConflictError(
-            f"split of route {split.route!r} was changed by somebody else (version {split.version - 1} is gone)."
+            f"split of route {split.route!r} was changed by somebody else: "
+            f"it is not at version {split.version - 1} any more."
         )
