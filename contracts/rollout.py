@@ -52,7 +52,7 @@ PHASE_SENTENCES: dict[Phase, str] = {
     Phase.PROMOTED: "the student is the route's stable upstream",
     Phase.ROLLING_BACK: "the weight is zero again and the canary drains",
     Phase.ROLLED_BACK: "the student was thrown back; if it did harm its digest is quarantined",
-    Phase.ABORTED: "it ended without a verdict (a person, or its engine never came up); the route is as before",
+    Phase.ABORTED: "it ended without a verdict (a person, or its engine failed); the route is as before",
 }
 
 
@@ -77,7 +77,7 @@ class MetricSpec(Record):
     tolerance: float | None = Field(default=None, ge=0, lt=1)
     """Harm tolerance: roll back if p_canary > p_stable + tolerance is shown. Default: margin / 4."""
     thresholds_s: tuple[float, ...] = ()
-    """Upper edges from LATENCY_BUCKETS_S, their e-values averaged; required for ttft and e2e, else empty."""
+    """Edges from LATENCY_BUCKETS_S, ttft and e2e only: harm at any counts, all must be non-inferior."""
 
     @model_validator(mode="after")
     def _check(self) -> MetricSpec:
@@ -240,6 +240,6 @@ class RolloutStatus(Record):
     max_weight: float = 0.0
     """Highest weight the canary ever had."""
     stable: Upstream | None = None
-    """The route's stable upstream when the ramp began: where a rollback goes back to, what a promotion drains."""
+    """The route's stable upstream when the ramp began: what a promotion drains and retires."""
     engine_errors: int = Field(default=0, ge=0)
     """Errors in a row of whoever runs the engine: a budget of their own, never held against the student."""

@@ -53,11 +53,17 @@ def main(argv: list[str]) -> int:
 def _make(name: str) -> None:
     started = time.monotonic()
     venv = ROOT / VENVS[name]
-    print(f"setup: making {VENVS[name]} (the first time downloads packages; this takes minutes) …", flush=True)
+    print(
+        f"setup: making {VENVS[name]} (the first time downloads packages; this takes minutes) …", flush=True
+    )
     if not _python(venv).exists():
         _run([sys.executable, "-m", "venv", str(venv)])
     uv, env, sources = _uv(venv), _uv_env(), _torch_sources(venv)
-    lock = ["--no-deps", "-r", str(HERE / f"{name}.txt")]  # the lock is whole; dependencies are not asked again
+    lock = [
+        "--no-deps",
+        "-r",
+        str(HERE / f"{name}.txt"),
+    ]  # the lock is whole; dependencies are not asked again
     _run([str(uv), "pip", "install", "--python", str(_python(venv)), *sources, *lock], env)
     if name == "main":
         _run([str(uv), "pip", "install", "--python", str(_python(venv)), "--no-deps", "-e", str(ROOT)], env)
@@ -124,7 +130,17 @@ def _torch_sources(venv: Path) -> list[str]:
     mirror = os.environ.get("STILLHOUSE_TORCH_INDEX")
     if mirror:
         return [*links, "--index", mirror, "--index-strategy", "unsafe-best-match"]
-    probe = [str(_uv(venv)), "pip", "install", "--dry-run", "--no-deps", "--python", str(_python(venv)), *links, TORCH]
+    probe = [
+        str(_uv(venv)),
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--python",
+        str(_python(venv)),
+        *links,
+        TORCH,
+    ]
     if subprocess.run(probe, env=_uv_env(), capture_output=True).returncode == 0:
         return links
     print("setup: torch (CPU build) comes from the PyTorch CPU wheel index", flush=True)
@@ -149,7 +165,11 @@ def _lock(name: str) -> None:
     out, source = HERE / f"{name}.txt", HERE / f"{name}.in"
     options = ["--override", str(HERE / "overrides.txt"), "--no-header", "--no-emit-index-url", "-q"]
     sources = _torch_sources(venv)
-    _run([str(_uv(venv)), "pip", "compile", str(source), *options, *sources, "-o", str(out)], _uv_env(), cwd=HERE)
+    _run(
+        [str(_uv(venv)), "pip", "compile", str(source), *options, *sources, "-o", str(out)],
+        _uv_env(),
+        cwd=HERE,
+    )
 
 
 def _run(command: list[str], env: dict[str, str] | None = None, cwd: Path = ROOT) -> None:

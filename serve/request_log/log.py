@@ -1,0 +1,174 @@
+"""The queue between a router and its log: never blocks a reply, never fails one.
+
+One thread turns drafts into rows and grades them, another writes them, so neither a slow grader nor a slow
+disk is felt by a request; when the queue is full a row is dropped and counted. Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from contracts.traffic import Outcome, RequestRow
+from serve.request_log.segments import SegmentWriter
+
+_log = logging.getLogger("stillhouse.request_log")
+_PAUSE_S = 0.05
+
+Grader = Callable[[dict[str, Any], str], bool | None]
+
+
+class Draft(Protocol):
+    """An ended request whose row is built later, in the log's own thread."""
+
+    def build(self) -> RequestRow:
+        """The row, not graded yet."""
+        ...
+
+
+class LogHooks(Protocol):
+    """What the owner of a log wants to know; called from the log's threads."""
+
+    def graded(self, draft: Any, passed: bool) -> None:
+        """An answer got a verdict."""
+        ...
+
+    def ungraded(self, reason: str) -> None:
+        """An answer got none: 'abstained', 'error' or 'skipped'."""
+        ...
+
+    def written(self, rows: int) -> None:
+        """Rows reached the segment file."""
+        ...
+
+    def dropped(self, rows: int) -> None:
+        """Rows were lost: the queue was full, or they could not be built or written."""
+        ...
+
+
+class RequestLog:
+    """Accepts drafts from one event loop and makes rows of them."""
+
+    def __init__(
+        self, writer: SegmentWriter, hooks: LogHooks, queue_rows: int, grader: Grader | None = None
+    ) -> None:
+        self._writer = writer
+        self._hooks = hooks
+        self._bound = queue_rows
+        self._grader = grader
+        self._drafts: deque[Draft] = deque()
+        self._lines: deque[bytes] = deque()
+        self._stop = threading.Event()
+        self._built = threading.Event()
+        self._complained_at = 0.0
+        self._threads = [
+            threading.Thread(target=self._build_loop, name="request-log-build", daemon=True),
+            threading.Thread(target=self._write_loop, name="request-log-write", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start the two threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, draft: Draft) -> bool:
+        """Queue an ended request; False (and counted) when the queue is full."""
+        if len(self) >= self._bound:
+            self._hooks.dropped(1)
+            return False
+        self._drafts.append(draft)
+        return True
+
+    def __len__(self) -> int:
+        """Rows that are not written yet."""
+        return len(self._drafts) + len(self._lines)
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Write everything and make the segment final; False when that took too long. Blocks."""
+        self._stop.set()
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(t.is_alive() for t in self._threads)
+
+    # building and grading ------------------------------------------------------------------------
+
+    def _build_loop(self) -> None:
+        while True:
+            stopping = self._stop.is_set()
+            while self._drafts:
+                self._build(self._drafts.popleft())
+            if stopping:
+                break
+            # Sleeping instead of waiting for a signal batches the work: a wake-up a request would make this
+            # thread fight the event loop for the interpreter lock.
+            self._stop.wait(_PAUSE_S)
+        self._built.set()
+
+    def _build(self, draft: Draft) -> None:
+        try:
+            row = draft.build()
+            if self._grader is not None:
+                row = self._graded(draft, row, self._grader)
+            self._lines.append(row.model_dump_json().encode() + b"\n")
+        except Exception as err:  # noqa: BLE001 reason: one odd row must not end the log; it is counted
+            self._hooks.dropped(1)
+            self._complain("a row could not be built: %r", err)
+
+    def _graded(self, draft: Draft, row: RequestRow, grader: Grader) -> RequestRow:
+        if row.outcome is not Outcome.OK or row.response_text is None:
+            return row
+        if len(self._drafts) > self._bound // 2:
+            self._hooks.ungraded("skipped")  # a grader that cannot keep up must not cost log rows
+            return row
+        try:
+            verdict = grader(row.request, row.response_text)
+        except Exception as err:  # noqa: BLE001 reason: a grader is the user's code; counted and told
+            self._hooks.ungraded("error")
+            self._complain("the grader failed: %r", err)
+            return row
+        if verdict is None:
+            self._hooks.ungraded("abstained")
+            return row
+        self._hooks.graded(draft, bool(verdict))
+        return row.model_copy(update={"grade": bool(verdict)})
+
+    # writing ---------------------------------------------------------------------------------------
+
+    def _write_loop(self) -> None:
+        while True:
+            last = self._built.is_set()
+            self._write_batch()
+            if last:
+                break
+            self._built.wait(_PAUSE_S)
+        try:
+            self._writer.close()
+        except OSError as err:
+            self._complain("the last segment could not be closed: %r", err)
+
+    def _write_batch(self) -> None:
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        try:
+            self._writer.append(lines)
+        except OSError as err:
+            self._hooks.dropped(len(lines))
+            self._complain("rows could not be written: %r", err)
+        else:
+            if lines:
+                self._hooks.written(len(lines))
+        try:
+            self._writer.tick()
+        except OSError as err:
+            self._complain("the segment could not be synced or rotated: %r", err)
+
+    def _complain(self, message: str, err: BaseException) -> None:
+        """At most one line every ten seconds: a full disk must not fill another one with complaints."""
+        now = time.monotonic()
+        if now - self._complained_at >= 10 or self._complained_at == 0:
+            self._complained_at = now
+            _log.error(message, err, exc_info=err)

@@ -1,0 +1,137 @@
+"""Segments of JSON lines: appended whole, synced every second, closed by an atomic rename.
+
+`requests-<utc>-<replica>.open.jsonl` is being written, `requests-<utc>-<replica>.jsonl` is final and never
+changes. A process killed in between leaves an open segment that `recover` trims and closes. Knows nothing
+about what a line holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+_log = logging.getLogger("stillhouse.request_log")
+_OPEN = ".open.jsonl"
+_OWNER = re.compile(r"^requests-[^-]+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+\.open\.jsonl$")
+_SYNC_S = 1.0
+
+
+class SegmentWriter:
+    """Appends lines to the open segment of one replica. Used by one thread."""
+
+    def __init__(self, folder: Path, replica: str, rotate_bytes: int, rotate_s: float) -> None:
+        self._folder = folder
+        self._replica = replica
+        self._rotate_bytes = rotate_bytes
+        self._rotate_s = rotate_s
+        self._fd: int | None = None
+        self._path = folder
+        self._size = 0
+        self._opened_at = 0.0
+        self._synced_at = 0.0
+        self._dirty = False
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Write whole lines, each ending in a newline. Raises OSError, and leaves no torn line then."""
+        data = b"".join(lines)
+        if not data:
+            return
+        fd = self._open() if self._fd is None else self._fd
+        self._write_whole(fd, data)
+        self._size += len(data)
+        self._dirty = True
+
+    def tick(self) -> None:
+        """Sync and rotate when it is time; call it at least every second."""
+        now = time.monotonic()
+        if self._fd is None:
+            return
+        if self._size >= self._rotate_bytes or now - self._opened_at >= self._rotate_s:
+            self.close()
+        elif self._dirty and now - self._synced_at >= _SYNC_S:
+            os.fsync(self._fd)
+            self._dirty, self._synced_at = False, now
+
+    def close(self) -> None:
+        """Make the open segment final."""
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        os.fsync(fd)
+        os.close(fd)
+        self._path.rename(_final_name(self._path))
+
+    def _open(self) -> int:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        self._path = self._folder / f"requests-{stamp}-{self._replica}{_OPEN}"
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
+        self._size, self._dirty = 0, False
+        self._opened_at = self._synced_at = time.monotonic()
+        return self._fd
+
+    def _write_whole(self, fd: int, data: bytes) -> None:
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(fd, data[written:])
+        except OSError:
+            if written:
+                os.ftruncate(fd, self._size)  # a full disk may take half a line; take it back
+            raise
+
+
+def recover(folder: Path, host: str) -> list[Path]:
+    """Close the segments that dead processes of this host left open; a torn last line is cut off.
+
+    Returns the final segments. Safe to run in several processes at once.
+    """
+    closed = []
+    for path in sorted(folder.glob(f"requests-*{_OPEN}")):
+        owner = _OWNER.match(path.name)
+        if owner is None or owner["host"] != host or _alive(int(owner["pid"])):
+            continue
+        try:
+            kept = _trim(path)
+            if kept == 0:
+                path.unlink()
+                continue
+            closed.append(path.rename(_final_name(path)))
+        except FileNotFoundError:  # another replica was faster
+            continue
+        _log.warning("closed segment %s left by a process that died (%d bytes)", path.name, kept)
+    return closed
+
+
+def _final_name(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_OPEN) + ".jsonl")
+
+
+def _trim(path: Path) -> int:
+    """Cut everything after the last newline; returns the bytes kept."""
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        kept = 0
+        while end > 0 and kept == 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            kept = start + file.read(end - start).rfind(b"\n") + 1
+            if kept == start:  # no newline in this block: look further back
+                kept, end = 0, start
+        file.truncate(kept)
+        return kept
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

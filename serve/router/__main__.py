@@ -1,0 +1,57 @@
+"""Runs one router process on its own: python -m serve.router --config router.yaml --port 8000.
+
+Sets PROMETHEUS_MULTIPROC_DIR before anything imports prometheus_client. Knows nothing about Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until SIGTERM, then drain."""
+    parser = argparse.ArgumentParser(prog="python -m serve.router", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML or JSON file of a RouterConfig")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; it is printed")
+    parser.add_argument("--multiproc-dir", help="folder in which all router processes of this host count")
+    parser.add_argument("--log-level", default="warning")
+    args = parser.parse_args(argv)
+    if args.multiproc_dir:
+        Path(args.multiproc_dir).mkdir(parents=True, exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = args.multiproc_dir
+
+    import uvicorn
+
+    from contracts.config import load_config
+    from serve.router.app import create_app
+    from serve.router.config import RouterConfig
+
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    app = create_app(load_config(args.config, RouterConfig))
+    listener = socket.create_server((args.host, args.port), backlog=2048, reuse_port=False)
+    print(f"router {app.replica} listens on http://{args.host}:{listener.getsockname()[1]}", flush=True)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            server_header=False,
+            log_level=args.log_level,
+            timeout_keep_alive=75,
+        )
+    )
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

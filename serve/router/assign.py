@@ -1,0 +1,90 @@
+"""Which arm a request belongs to: a pure function of the split and the request.
+
+The unit is the conversation, hashed with the split's salt to a fraction in [0, 1); canary iff the fraction
+is below the weight, so raising the weight only ever adds units. Knows nothing about HTTP, metrics or state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import orjson
+
+from contracts.traffic import Arm, Assignment, Reason, Split, UnitKind
+
+_TWO_64 = float(2**64)
+_BELOW_ONE = 1.0 - 2.0**-53
+_MAX_UNIT = 512
+
+
+def fraction_of(salt: str, unit: str) -> float:
+    """The unit's place in [0, 1): the first 64 bits of sha256(salt 0x1f unit)."""
+    digest = sha256(f"{salt}\x1f{unit}".encode("utf-8", "surrogatepass")).digest()
+    # 2**64 - 1 rounds up to 2**64 as a double; the fraction must stay below one.
+    return min(int.from_bytes(digest[:8], "big") / _TWO_64, _BELOW_ONE)
+
+
+def unit_of(conversation: str | None, body: Mapping[str, Any], request_id: str) -> tuple[UnitKind, str]:
+    """The assignment unit of a request and where it came from, best source first.
+
+    Args:
+        conversation: value of the conversation header, if the client sent one.
+        body: the parsed request; wrong types in it are skipped, the upstream will complain about them.
+        request_id: the unit of last resort; such requests are not sticky.
+    """
+    if conversation:
+        return UnitKind.HEADER, _bounded(conversation)
+    user = body.get("user")
+    if isinstance(user, str) and user:
+        return UnitKind.USER, _bounded(user)
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict):
+        named = metadata.get("conversation_id")
+        if isinstance(named, str) and named:
+            return UnitKind.METADATA, _bounded(named)
+    head = _first_messages(body.get("messages"))
+    if head is not None:
+        return UnitKind.MESSAGES, head
+    return UnitKind.REQUEST, request_id
+
+
+def assign(split: Split, unit_kind: UnitKind, unit: str, override: Arm | None = None) -> Assignment:
+    """Decide the arm of a unit under a split.
+
+    `override` is a client's explicit wish and wins; it is recorded as such and never counts as evidence.
+    While there is nobody else to send a request to (no canary, or weight 0) the reason is ONLY_ARM.
+    """
+    fraction = fraction_of(split.salt, unit)
+    if override is not None:
+        arm, reason = override, Reason.OVERRIDE
+    elif split.canary is None or split.weight <= 0.0:
+        arm, reason = Arm.STABLE, Reason.ONLY_ARM
+    else:
+        arm, reason = (Arm.CANARY if fraction < split.weight else Arm.STABLE), Reason.RANDOM
+    return Assignment(
+        arm=arm,
+        reason=reason,
+        unit_kind=unit_kind,
+        unit_hash=sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        fraction=fraction,
+        split_version=split.version,
+    )
+
+
+def _bounded(unit: str) -> str:
+    return unit if len(unit) <= _MAX_UNIT else sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _first_messages(messages: object) -> str | None:
+    """Digest of everything up to the first user message: a chat that grows keeps its head, so its arm."""
+    if not isinstance(messages, list):
+        return None
+    for at, message in enumerate(messages):
+        if isinstance(message, dict) and message.get("role") == "user":
+            head = [
+                (m.get("role"), m.get("content")) if isinstance(m, dict) else m for m in messages[: at + 1]
+            ]
+            return sha256(orjson.dumps(head, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return None

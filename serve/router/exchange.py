@@ -1,0 +1,141 @@
+"""The facts of one request, gathered while it runs; its log row is built from them afterwards.
+
+Everything costly (assembling text, building the row) happens in `build`, which the log calls in its own
+thread. Knows nothing about sockets.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from contracts.traffic import Arm, Assignment, Outcome, Reason, RequestRow, Upstream
+from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
+from serve.router.ledger import EvidenceKey
+from serve.router.metrics import ArmMetrics
+from serve.router.table import Route
+
+EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
+"""Only generation says something about an arm; tokenize and embeddings do not."""
+
+
+class Exchange:
+    """One routed request from its assignment to its end."""
+
+    __slots__ = (
+        "assignment", "body", "chunks", "client_wants_usage", "completion_tokens", "e2e_s", "ended",
+        "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "prompt_tokens",
+        "request_id", "response", "route", "served", "served_arm", "started", "status", "stream",
+        "streamed", "trace", "ts", "ttft_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        endpoint: str,
+        route: Route,
+        assignment: Assignment,
+        body: dict[str, Any],
+        started: float,
+        trace: bytes,
+    ) -> None:
+        self.request_id = request_id
+        self.endpoint = endpoint
+        self.route = route
+        self.assignment = assignment
+        self.body = body
+        self.started = started
+        self.trace = trace
+        """Header lines of the client that go on to the upstream."""
+        self.ts = time.time()
+        self.stream = body.get("stream") is True
+        options = body.get("stream_options")
+        self.client_wants_usage = options is not None and (
+            not isinstance(options, dict) or bool(options.get("include_usage"))
+        )
+        self.metrics: ArmMetrics
+        self.held: tuple[str, ...] = ()
+        self.served_arm = assignment.arm
+        self.served: Upstream = route.upstream(assignment.arm) or route.split.stable
+        self.fell_back = False
+        self.ended = False
+        self.outcome = Outcome.OK
+        self.status = 0
+        self.ttft_s: float | None = None
+        self.e2e_s = 0.0
+        self.overhead_s = 0.0
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+        self.streamed = False
+        self.chunks: list[bytes] = []
+        """The stream as the upstream sent it, events whole."""
+        self.response: dict[str, Any] | None = None
+        self.error: str | None = None
+
+    def evidence(self) -> EvidenceKey | None:
+        """Where this request counts as evidence, None when it does not."""
+        split = self.route.split
+        if (
+            split.rollout_id is None
+            or self.assignment.reason is not Reason.RANDOM
+            or self.endpoint not in EVIDENCE_ENDPOINTS
+        ):
+            return None
+        return EvidenceKey(split.route, split.rollout_id, self.assignment.arm.value, split.version)
+
+    def take_usage(self, usage: object) -> None:
+        """Note the token counts of a usage object."""
+        prompt, completion = usage_tokens(usage)
+        self.prompt_tokens = prompt if prompt is not None else self.prompt_tokens
+        self.completion_tokens = completion if completion is not None else self.completion_tokens
+
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first, of a stream with at least two."""
+        if self.ttft_s is None or self.completion_tokens is None or self.completion_tokens < 2:
+            return None
+        return max(0.0, self.e2e_s - self.ttft_s) / (self.completion_tokens - 1)
+
+    def build(self) -> RequestRow:
+        """The log row."""
+        answer = self._answer()
+        assignment, split = self.assignment, self.route.split
+        return RequestRow(
+            request_id=self.request_id,
+            ts=self.ts,
+            route=split.route,
+            endpoint=self.endpoint,
+            arm=assignment.arm,
+            served_arm=self.served_arm,
+            reason=assignment.reason,
+            unit_kind=assignment.unit_kind,
+            unit_hash=assignment.unit_hash,
+            split_version=split.version,
+            rollout_id=split.rollout_id,
+            upstream=self.served.name,
+            model=self.served.model,
+            digest=self.served.digest,
+            stream=self.stream,
+            status=self.status,
+            outcome=self.outcome,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            ttft_s=self.ttft_s,
+            tpot_s=self.tpot_s(),
+            e2e_s=self.e2e_s,
+            overhead_s=self.overhead_s,
+            request=self.body,
+            response_text=answer.text,
+            response=self.response,
+            error=self.error,
+        )
+
+    @property
+    def canary_fallback_possible(self) -> bool:
+        """True while the canary was asked and stable was not."""
+        return self.assignment.arm is Arm.CANARY and not self.fell_back
+
+    def _answer(self) -> Answer:
+        if self.streamed:
+            return answer_of_stream(b"".join(self.chunks))
+        return answer_of(self.response)

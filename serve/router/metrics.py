@@ -1,0 +1,244 @@
+"""The router's metrics, `stillhouse_*`, exact over all router processes of a host.
+
+With PROMETHEUS_MULTIPROC_DIR set (before prometheus_client is imported) every process counts in its own
+memory-mapped file there and a scrape of any of them sums all files, those of killed processes included.
+Without it one process counts for itself. Labels are bounded: routes and upstreams come from splits, never
+from clients. Knows nothing about requests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from contracts.errors import ConfigError
+from contracts.rollout import LATENCY_BUCKETS_S
+from contracts.traffic import Arm, Outcome, Split, Upstream
+
+CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
+OTHER: Final = "other"
+NONE: Final = "none"
+
+TPOT_BUCKETS_S: Final = (
+    0.0001, 0.0002, 0.0004, 0.0006, 0.0008, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.010, 0.015,
+    0.020, 0.030, 0.040, 0.060, 0.080, 0.100, 0.150, 0.200, 0.400, 1.0,
+)  # fmt: skip
+OVERHEAD_BUCKETS_S: Final = (
+    0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.005, 0.010, 0.050,
+    0.100, 1.0,
+)  # fmt: skip
+
+_LIVE_FILE = re.compile(r"^gauge_live\w*_(\d+)\.db$")
+_GENERATION = ("/v1/chat/completions", "/v1/completions")
+
+
+class ArmMetrics:
+    """Bound children of one (route, arm, upstream), so that the hot path looks up no labels."""
+
+    def __init__(self, metrics: Metrics, route: str, arm: str, upstream: str) -> None:
+        labels = (route, arm, upstream)
+        self._requests = metrics.requests
+        self._labels = labels
+        self._by_outcome = {
+            (outcome, endpoint): metrics.requests.labels(*labels, outcome.value, endpoint)
+            for outcome in Outcome
+            for endpoint in _GENERATION
+        }
+        self.ttft = metrics.ttft.labels(*labels)
+        self.tpot = metrics.tpot.labels(*labels)
+        self.e2e = metrics.e2e.labels(*labels)
+        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
+        self.completion_tokens = metrics.completion_tokens.labels(*labels)
+        self.in_flight = metrics.in_flight.labels(*labels)
+
+    def ended(self, outcome: Outcome, endpoint: str) -> None:
+        """Count a request."""
+        child = self._by_outcome.get((outcome, endpoint))
+        if child is None:
+            child = self._requests.labels(*self._labels, outcome.value, endpoint)
+            self._by_outcome[outcome, endpoint] = child
+        child.inc()
+
+
+class Metrics:
+    """Every metric of one router process."""
+
+    def __init__(self) -> None:
+        self._dir = _multiproc_dir()
+        self._registry = reg = CollectorRegistry()
+        arm = ["route", "arm", "upstream"]
+        self.requests = Counter(
+            "stillhouse_requests_total",
+            "Requests by how they ended for the arm they were assigned to.",
+            [*arm, "outcome", "endpoint"],
+            registry=reg,
+        )
+        self.responses = Counter(
+            "stillhouse_responses_total",
+            "Replies by the status code the client got.",
+            ["route", "code"],
+            registry=reg,
+        )
+        self.ttft = Histogram(
+            "stillhouse_ttft_seconds",
+            "Streaming requests: arrival to the first byte of the answer.",
+            arm,
+            buckets=LATENCY_BUCKETS_S,
+            registry=reg,
+        )
+        self.tpot = Histogram(
+            "stillhouse_tpot_seconds",
+            "Streaming requests: time per output token after the first.",
+            arm,
+            buckets=TPOT_BUCKETS_S,
+            registry=reg,
+        )
+        self.e2e = Histogram(
+            "stillhouse_e2e_seconds",
+            "Arrival to the end of the answer.",
+            arm,
+            buckets=LATENCY_BUCKETS_S,
+            registry=reg,
+        )
+        self.prompt_tokens = Counter("stillhouse_prompt_tokens_total", "Prompt tokens.", arm, registry=reg)
+        self.completion_tokens = Counter(
+            "stillhouse_completion_tokens_total", "Completion tokens.", arm, registry=reg
+        )
+        self.in_flight = Gauge(
+            "stillhouse_in_flight",
+            "Requests assigned and not ended.",
+            arm,
+            registry=reg,
+            multiprocess_mode="livesum",
+        )
+        self._rest(reg)
+        self._arms: dict[tuple[str, str, str], ArmMetrics] = {}
+
+    def _rest(self, reg: CollectorRegistry) -> None:
+        self.split_weight = Gauge(
+            "stillhouse_split_weight",
+            "The canary's share of a route.",
+            ["route"],
+            registry=reg,
+            multiprocess_mode="livemostrecent",
+        )
+        self.split_version = Gauge(
+            "stillhouse_split_version",
+            "Version of the split that is in force (the oldest over router processes).",
+            ["route"],
+            registry=reg,
+            multiprocess_mode="livemin",
+        )
+        self.overhead = Histogram(
+            "stillhouse_router_overhead_seconds",
+            "Time spent in the router between a request's last byte and asking the upstream.",
+            ["route"],
+            buckets=OVERHEAD_BUCKETS_S,
+            registry=reg,
+        )
+        self.fallbacks = Counter(
+            "stillhouse_fallbacks_total",
+            "Requests of a failing canary that stable was asked for.",
+            ["route"],
+            registry=reg,
+        )
+        self.retries = Counter(
+            "stillhouse_retries_total",
+            "Requests tried again within their arm.",
+            ["route", "arm"],
+            registry=reg,
+        )
+        self.log_rows = Counter("stillhouse_log_rows_total", "Rows written to the request log.", registry=reg)
+        self.log_dropped = Counter(
+            "stillhouse_log_dropped_total", "Rows lost before they were written.", registry=reg
+        )
+        self.log_queue = Gauge(
+            "stillhouse_log_queue",
+            "Rows waiting to be written.",
+            registry=reg,
+            multiprocess_mode="livesum",
+        )
+        self.grader_errors = Counter(
+            "stillhouse_grader_errors_total", "Exceptions of the grader.", registry=reg
+        )
+        self.grades = Counter(
+            "stillhouse_grades_total",
+            "Answers by the grader's verdict.",
+            ["route", "arm", "verdict"],
+            registry=reg,
+        )
+        self.ungraded = Counter(
+            "stillhouse_ungraded_total", "Answers the grader gave no verdict on.", ["reason"], registry=reg
+        )
+        self.state_errors = Counter(
+            "stillhouse_state_errors_total", "Failed reads and writes of the state store.", registry=reg
+        )
+
+    def arm(self, route: str, arm: str, upstream: str) -> ArmMetrics:
+        """The children of an arm, made at its first use."""
+        key = (route, arm, upstream)
+        found = self._arms.get(key)
+        if found is None:
+            found = self._arms[key] = ArmMetrics(self, route, arm, upstream)
+        return found
+
+    def know(self, split: Split) -> None:
+        """A split is in force: publish it and start its series at zero, so that rates of a fresh arm work."""
+        self.split_weight.labels(split.route).set(split.weight)
+        self.split_version.labels(split.route).set(split.version)
+        self.fallbacks.labels(split.route)
+        arms: list[tuple[Arm, Upstream | None]] = [(Arm.STABLE, split.stable), (Arm.CANARY, split.canary)]
+        for arm, upstream in arms:
+            if upstream is not None:
+                self.arm(split.route, arm.value, upstream.name)
+                for verdict in ("pass", "fail"):
+                    self.grades.labels(split.route, arm.value, verdict)
+
+    def refused(self, status: int, endpoint: str, route: str = OTHER) -> None:
+        """Count a request that the router itself turned away."""
+        self.requests.labels(route, NONE, NONE, Outcome.REJECTED.value, endpoint).inc()
+        self.responses.labels(route, str(status)).inc()
+
+    def expose(self) -> bytes:
+        """The scrape. Reads files when there are several processes: call it in a thread."""
+        if self._dir is None:
+            return generate_latest(self._registry)
+        _bury_dead(self._dir)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(self._dir))  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+
+def _multiproc_dir() -> Path | None:
+    name = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not name:
+        return None
+    if values.ValueClass is values.MutexValue:
+        raise ConfigError(
+            "PROMETHEUS_MULTIPROC_DIR was set after prometheus_client was imported; "
+            "set it in the environment that the process starts with."
+        )
+    path = Path(name)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _bury_dead(folder: Path) -> None:
+    """Drop the live gauges of processes that no longer exist; their counters stay."""
+    for file in folder.iterdir():
+        live = _LIVE_FILE.match(file.name)
+        if live is None or _alive(int(live[1])):
+            continue
+        try:
+            mark_process_dead(int(live[1]), str(folder))  # type: ignore[no-untyped-call]
+        except FileNotFoundError:  # another process buried it in the same moment
+            continue
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() if Path("/proc").exists() else True

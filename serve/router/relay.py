@@ -1,0 +1,243 @@
+"""One try at one replica: ask it, and carry its answer to the client as it comes.
+
+Raises AttemptFailed as long as the client has seen nothing, so that somebody else may be asked. Knows
+nothing about who that would be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from contracts.traffic import Outcome, Upstream
+from serve.router.answer import parse_body
+from serve.router.client import Broken, ConnectFailed, Connection, HttpClient
+from serve.router.config import Timeouts
+from serve.router.errors import AttemptFailed, RequestRefused, error_body
+from serve.router.exchange import Exchange
+from serve.router.guard import Cause, Guard
+from serve.router.pool import Pools, Replica
+from serve.router.sse import StreamWatcher, error_event
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Ended = Callable[[Exchange, Outcome, int], None]
+
+_STREAMS_OPENAI = frozenset(("/v1/chat/completions", "/v1/completions"))
+_PASSED_BACK = frozenset((b"retry-after", b"cache-control", b"openai-processing-ms"))
+_DRAIN_S = 1.0
+_OURS_TO_SOLVE = frozenset((401, 403, 404, 408, 409, 425, 429))
+"""4xx that speak of the upstream (its key, its model name, its load) rather than of the client's request."""
+
+
+class Relay:
+    """Carries answers from replicas to clients."""
+
+    def __init__(
+        self, client: HttpClient, pools: Pools, timeouts: Timeouts, ended: Ended, keep_chunks: bool
+    ) -> None:
+        """`ended` is called once an exchange, right before the client can see its end."""
+        self._client = client
+        self._pools = pools
+        self._timeouts = timeouts
+        self._ended = ended
+        self._keep_chunks = keep_chunks
+
+    async def attempt(
+        self, ex: Exchange, upstream: Upstream, replica: Replica, guard: Guard, send: Send, lenient: bool
+    ) -> None:
+        """Ask a replica and deliver its answer.
+
+        `lenient`: another arm could still be asked, so 4xx that speak of the upstream are failures too.
+        Raises: AttemptFailed before the first byte went to the client.
+        """
+        body = _upstream_body(ex, upstream)
+        headers = self._head(ex, upstream)
+        guard.wait_for(Cause.FIRST_BYTE, self._timeouts.first_byte_s)
+        replica.in_flight += 1
+        connection: Connection | None = None
+        try:
+            if ex.overhead_s == 0.0:
+                ex.overhead_s = time.perf_counter() - ex.started
+            connection = await self._client.ask(replica.target, "POST", ex.endpoint, headers, body)
+            if connection.status >= 400:
+                await self._refusal(ex, connection, lenient, guard, send)
+            elif connection.header(b"content-type").startswith(b"text/event-stream"):
+                await self._stream(ex, connection, guard, send)
+            else:
+                await self._whole(ex, connection, await connection.read_all(), guard, send)
+        except ConnectFailed as err:
+            self._pools.eject(replica)
+            raise AttemptFailed(f"{upstream.name}: cannot connect to {err}", connect=True) from err
+        except Broken as err:
+            raise AttemptFailed(f"{upstream.name}: {err}") from err
+        finally:
+            replica.in_flight -= 1
+            if connection is not None:
+                self._client.release(connection)
+
+    async def _refusal(
+        self, ex: Exchange, connection: Connection, lenient: bool, guard: Guard, send: Send
+    ) -> None:
+        status = connection.status
+        body = await connection.read_all()
+        if status >= 500 or (lenient and status in _OURS_TO_SOLVE):
+            content_type = connection.header(b"content-type") or b"application/json"
+            raise AttemptFailed(f"upstream answered {status}", status=status, reply=(content_type, body))
+        ex.error = body[:1000].decode("utf-8", "replace")
+        await self._whole(ex, connection, body, guard, send, Outcome.CLIENT_ERROR)
+
+    async def _whole(
+        self,
+        ex: Exchange,
+        connection: Connection,
+        body: bytes,
+        guard: Guard,
+        send: Send,
+        outcome: Outcome = Outcome.OK,
+    ) -> None:
+        """A whole answer, sent once all of it is here: a replica that dies midway costs nothing."""
+        status = connection.status
+        if outcome is Outcome.OK:
+            ex.response = parse_body(body)
+            if ex.response is not None:
+                ex.take_usage(ex.response.get("usage"))
+        elif parse_error(body) is None:
+            body = orjson.dumps(error_body(body[:500].decode("utf-8", "replace"), "invalid_request_error"))
+        guard.ending()
+        self._ended(ex, outcome, status)
+        content_type = connection.header(b"content-type") or b"application/json"
+        await send(_start(ex, status, content_type, connection, len(body)))
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, ex: Exchange, connection: Connection, guard: Guard, send: Send) -> None:
+        watcher = StreamWatcher(strip_usage=_asks_usage_itself(ex))
+        first = await self._first_events(connection, watcher)
+        now = time.perf_counter()
+        ex.ttft_s = now - ex.started
+        ex.streamed = True
+        guard.wait_for(Cause.BETWEEN, self._timeouts.between_chunks_s)
+        await send(_start(ex, connection.status, connection.header(b"content-type"), connection, None))
+        try:
+            await self._events(ex, connection, watcher, first, guard, send)
+        except Broken as err:
+            await self.break_stream(ex, Outcome.BROKEN_STREAM, f"The upstream broke off: {err}.", guard, send)
+
+    async def _first_events(self, connection: Connection, watcher: StreamWatcher) -> bytes:
+        """The first whole events. Raises AttemptFailed when there are none, or the first one is an error."""
+        events = b""
+        while not events:
+            data = await connection.read()
+            events = watcher.feed(data) if data else watcher.rest()
+            if not data:
+                break
+        if watcher.error:
+            raise AttemptFailed(f"the stream began with an error: {events[:500].decode('utf-8', 'replace')}")
+        if not events:
+            raise AttemptFailed("the stream was empty")
+        return events
+
+    async def _events(
+        self,
+        ex: Exchange,
+        connection: Connection,
+        watcher: StreamWatcher,
+        events: bytes,
+        guard: Guard,
+        send: Send,
+    ) -> None:
+        between = self._timeouts.between_chunks_s
+        while True:
+            if events and self._keep_chunks:
+                ex.chunks.append(events)
+            if watcher.done or watcher.error:
+                break
+            if events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+            data = await connection.read()
+            guard.extend(between)
+            if not data:
+                events = watcher.rest()
+                if events and self._keep_chunks:
+                    ex.chunks.append(events)
+                break
+            events = watcher.feed(data)
+        ex.take_usage(watcher.usage)
+        outcome = Outcome.OK
+        if watcher.error:
+            outcome, ex.error = Outcome.BROKEN_STREAM, events[-500:].decode("utf-8", "replace")
+        elif not watcher.done and ex.endpoint in _STREAMS_OPENAI:
+            # Ended politely but without [DONE]: the answer is cut off, whatever the framing says.
+            raise Broken("its stream ended without [DONE]")
+        guard.ending()
+        self._ended(ex, outcome, connection.status)
+        await send({"type": "http.response.body", "body": events})
+        await _drain(connection)
+
+    async def break_stream(self, ex: Exchange, outcome: Outcome, why: str, guard: Guard, send: Send) -> None:
+        """End a stream that has begun with an error event: never silence, never half an event."""
+        guard.ending()
+        ex.error = why
+        self._ended(ex, outcome, 200)
+        event = error_event(error_body(why, "upstream_error", outcome.value))
+        await send({"type": "http.response.body", "body": event})
+
+    def _head(self, ex: Exchange, upstream: Upstream) -> bytes:
+        accept = b"text/event-stream" if ex.stream else b"application/json"
+        return (
+            b"content-type: application/json\r\naccept: " + accept
+            + b"\r\nx-request-id: " + ex.request_id.encode() + b"\r\n"
+            + ex.trace + self._pools.authorization(upstream)
+        )  # fmt: skip
+
+
+def parse_error(body: bytes) -> dict[str, Any] | None:
+    """The body if it already is an error in OpenAI's shape."""
+    parsed = parse_body(body)
+    return parsed if parsed is not None and isinstance(parsed.get("error"), dict) else None
+
+
+def _asks_usage_itself(ex: Exchange) -> bool:
+    """True when the router asks for usage on its own account, so the client must not see it."""
+    return ex.stream and ex.endpoint in _STREAMS_OPENAI and not ex.client_wants_usage
+
+
+def _upstream_body(ex: Exchange, upstream: Upstream) -> bytes:
+    """The client's body with the upstream's model name in it; every other field stays as it is."""
+    body = {**ex.body, "model": upstream.model}
+    if _asks_usage_itself(ex):
+        body["stream_options"] = {**(ex.body.get("stream_options") or {}), "include_usage": True}
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as err:  # parsed, but deeper than the writer goes
+        raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
+
+
+def _start(
+    ex: Exchange, status: int, content_type: bytes, connection: Connection, length: int | None
+) -> dict[str, Any]:
+    headers = [
+        (b"content-type", content_type),
+        (b"x-request-id", ex.request_id.encode()),
+        *ex.route.headers[ex.assignment.arm, ex.served_arm],
+    ]
+    for name, value in connection.headers:
+        if name in _PASSED_BACK or name.startswith(b"x-ratelimit-"):
+            headers.append((name, value))
+    if length is not None:
+        headers.append((b"content-length", str(length).encode()))
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+async def _drain(connection: Connection) -> None:
+    """Read what comes after the end, so that the connection can be used again; it is only a few bytes."""
+    if connection.complete:
+        return
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            await connection.read_all()
+    except (Broken, TimeoutError):
+        return  # the client has its answer; this connection is simply not kept

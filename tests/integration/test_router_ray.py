@@ -1,0 +1,69 @@
+"""The router as a real Ray Serve application with HAProxy in front."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from serve.router.config import RouterConfig
+from tests.integration.router_rig import Server, World, get, openai_client, total, wait_until
+
+pytestmark = pytest.mark.integration
+
+
+def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> None:
+    """Both replicas serve, one scrape is all of it, tokens come as they are made, a stop loses nothing."""
+    world = World(tmp_path)
+    world.split(1, weight=0.5)
+    config = RouterConfig.model_validate(
+        {"state_url": world.state_url, "log": {"dir": str(tmp_path / "log")}}
+    )
+    path = tmp_path / "router.json"
+    path.write_text(config.model_dump_json())
+    try:
+        router = Server("-m", "tests.integration.router_on_ray", str(path), str(tmp_path / "metrics"), "2")
+    except BaseException:
+        world.close()
+        raise
+    try:
+        wait_until("ready", lambda: get(f"{router.url}/ready")[0] == 200)
+        client = openai_client(router)
+
+        def one(i: int) -> str:
+            messages = [{"role": "user", "content": f"q{i}"}]
+            if i % 2:
+                answer = client.chat.completions.create(model="support", messages=messages)
+                return answer.choices[0].message.content or ""
+            stream = client.chat.completions.create(model="support", messages=messages, stream=True)
+            return "".join(c.choices[0].delta.content or "" for c in stream)
+
+        with ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(one, range(200)))
+        assert set(texts) == {"tick " * 8, "tock " * 8}
+        scrape = get(f"{router.url}/metrics")[1]
+        assert total(scrape, "stillhouse_requests_total") == 200
+        assert total(scrape, "stillhouse_requests_total", arm="canary") == texts.count("tock " * 8)
+        assert len({r.replica for r in world.state.routers(10)}) == 2
+
+        world.stable.control(tpot_s=0.15)
+        world.canary.control(tpot_s=0.15)
+        began, arrivals = time.monotonic(), []
+        for chunk in client.chat.completions.create(
+            model="support", messages=[{"role": "user", "content": "slow"}], stream=True
+        ):
+            if chunk.choices[0].delta.content:
+                arrivals.append(time.monotonic() - began)
+        assert len(arrivals) == 8
+        assert arrivals[0] < 0.6
+        assert arrivals[-1] - arrivals[0] > 0.7
+    finally:
+        router.stop(90)
+        world.close()
+    assert len(world.rows()) == 201
+    assert len({f.name for f in (tmp_path / "log").glob("requests-*.jsonl")}) == 2
+    assert not list((tmp_path / "log").glob("*.open.jsonl"))
+    assert sum(c.n for c in world.evidence().values()) == 201
+    assert world.state.routers(60) == []
