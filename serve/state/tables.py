@@ -141,15 +141,15 @@ def open_state(url: str) -> Engine:
     Raises:
         StateError: unreachable, or its schema is of another version.
     """
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _sqlite_pragmas)
         metadata.create_all(engine, checkfirst=True)
         _check_schema(engine)
-    except (SQLAlchemyError, ImportError) as err:
+    except (SQLAlchemyError, ImportError, OSError) as err:
         raise StateError(
             f"state store {url!r} cannot be opened: {err}. Check the URL and that it is writable."
         ) from err

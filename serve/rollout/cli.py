@@ -1,0 +1,182 @@
+"""`stillhouse rollout …`: start, watch and steer rollouts from a terminal.
+
+A typer sub-application that the main CLI mounts. Talks to the state store only; the controller acts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from contracts.errors import NotFoundError
+from serve.rollout import view
+from serve.rollout.cli_stack import StackHandle, open_stack
+from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
+from serve.state.rollouts import StoredRollout
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Move a route onto a student, step by step, on evidence.
+
+    A rollout deploys the model, warms it and ramps it (1, 5, 10, 25, 50 %). Each step needs evidence from
+    sequential tests on errors, latency and answer quality that the student is no worse than the stable arm by
+    more than a margin. All shown: promoted. Harm shown at any time: rolled back at once. Neither: it holds.
+    """,
+)
+console = Console()
+
+Route = Annotated[str, typer.Argument(help="The route: the public model name that clients ask for.")]
+MaybeRoute = Annotated[str | None, typer.Argument(help="Only this route; all routes when left out.")]
+Config = Annotated[
+    str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration file.")
+]
+Why = Annotated[str, typer.Option("--reason", help="Why: goes into the audit trail.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.command()
+def start(
+    route: Route,
+    model: Annotated[
+        str, typer.Argument(help="Registry reference: name:version, name@alias or name (latest).")
+    ],
+    policy: Annotated[str | None, typer.Option(help="Rollout policy of the configuration.")] = None,
+    reason: Why = "",
+    force_quarantined: Annotated[
+        bool, typer.Option("--force-quarantined", help="Try a model again that was thrown back before.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Start moving ROUTE onto MODEL. Returns at once; follow it with 'rollout watch ROUTE'."""
+    check_model_ref(model)
+    stack = open_stack(config)
+    spec = start_rollout(
+        stack.rollouts,
+        stack.traffic,
+        stack.open_registry(),
+        pick_policy(stack.policies, policy),
+        route,
+        model,
+        reason=reason,
+        force_quarantined=force_quarantined,
+    )
+    steps = " → ".join(f"{100 * s.weight:g}" for s in spec.steps)
+    console.print(f"Rollout [bold]{spec.id}[/] of {spec.model_ref} on route {route} accepted.")
+    console.print(f"Ramp {steps} → 100 %, guardrails: {', '.join(m.kind.value for m in spec.metrics)}.")
+    console.print(f"Follow it with: stillhouse rollout watch {route}")
+
+
+@app.command()
+def status(route: MaybeRoute = None, json_out: Json = False, config: Config = None) -> None:
+    """Where the active rollouts are, and why. Without one, the latest of the route."""
+    stack = open_stack(config)
+    found = _current(stack, route)
+    if json_out:
+        typer.echo(json.dumps([view.as_json(r) for r in found], indent=2))
+        return
+    console.print(_panels(found, route))
+
+
+@app.command()
+def watch(
+    route: MaybeRoute = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
+    config: Config = None,
+) -> None:
+    """Follow the rollout live until it is decided (Ctrl-C stops watching, not the rollout)."""
+    stack = open_stack(config)
+    shown = {r.spec.id for r in _current(stack, route)}
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                shown |= {r.spec.id for r in stack.rollouts.active(route)}
+                found = [stack.rollouts.get(i) for i in sorted(shown)]
+                live.update(_panels(found, route), refresh=True)
+                if found and all(r.status.phase.terminal for r in found):
+                    return
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        console.print("Stopped watching; the rollout goes on.")
+
+
+@app.command()
+def pause(route: Route, reason: Why = "", config: Config = None) -> None:
+    """Keep the canary's weight where it is. Harm is still judged; 'resume' goes on."""
+    _ask(route, "pause", reason, config)
+
+
+@app.command()
+def resume(route: Route, reason: Why = "", config: Config = None) -> None:
+    """Go on with a paused rollout."""
+    _ask(route, "resume", reason, config)
+
+
+@app.command()
+def promote(route: Route, reason: Why = "", config: Config = None) -> None:
+    """Give the canary all traffic now, before the tests are done. Only shown harm still stops it."""
+    _ask(route, "promote", reason, config)
+
+
+@app.command()
+def abort(route: Route, reason: Why = "", config: Config = None) -> None:
+    """End the rollout: weight zero, canary drained and removed. The model is not quarantined."""
+    _ask(route, "abort", reason, config)
+
+
+@app.command()
+def history(
+    route: MaybeRoute = None,
+    rollout_id: Annotated[
+        str | None, typer.Option("--id", help="Show one rollout with its audit trail.")
+    ] = None,
+    looks: Annotated[
+        bool, typer.Option("--looks", help="With --id: every look, not only what moved.")
+    ] = False,
+    json_out: Json = False,
+    config: Config = None,
+) -> None:
+    """All rollouts and how they ended; with --id one of them in detail."""
+    stack = open_stack(config)
+    if rollout_id is None:
+        found = stack.rollouts.history(route)
+        if json_out:
+            typer.echo(json.dumps([view.as_json(r) for r in found], indent=2))
+        else:
+            console.print(view.history_table(found) if found else "No rollouts yet.")
+        return
+    one, trail = stack.rollouts.get(rollout_id), stack.rollouts.audit(rollout_id)
+    if json_out:
+        entries = [e.model_dump(mode="json") for e in trail]
+        typer.echo(json.dumps({**view.as_json(one), "audit": entries}, indent=2))
+        return
+    console.print(view.rollout_panel(one), view.audit_table(trail, transitions_only=not looks))
+
+
+def _ask(route: str, verb: str, reason: str, config: str | None) -> None:
+    stored = ask(open_stack(config).rollouts, route, verb, reason=reason)
+    console.print(f"Asked to {verb} {stored.spec.id}; the controller does it at its next tick.")
+
+
+def _current(stack: StackHandle, route: str | None) -> list[StoredRollout]:
+    """The active rollouts, else the latest finished one of the route."""
+    found = stack.rollouts.active(route)
+    if not found and route is not None:
+        found = stack.rollouts.history(route)[-1:]
+        if not found:
+            known = ", ".join(sorted(stack.traffic.splits())) or "none"
+            raise NotFoundError(f"route {route!r} never had a rollout; routes: {known}.")
+    return found
+
+
+def _panels(found: list[StoredRollout], route: str | None) -> RenderableType:
+    if not found:
+        return Text(
+            "No active rollout" + (f" on route {route}." if route else "; 'rollout history' lists past ones.")
+        )
+    return Group(*(view.rollout_panel(r) for r in found))

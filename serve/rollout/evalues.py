@@ -1,0 +1,182 @@
+"""E-processes for two Bernoulli arms observed in windows: is the canary harmful, is it non-inferior?
+
+Pure functions on integer counts. An e-process starts at 1, is at most 1 in expectation under its null
+hypothesis at any time one cares to look, so it passes 1/alpha with probability at most alpha (Ville).
+Does not know what is counted (errors, slow answers, wrong answers) nor what is decided from it.
+
+Source: Turner, Ly & Grünwald, "Generic E-variables for exact sequential k-sample tests that allow for
+optional stopping", JSPI 230 (2024), arXiv 2106.02693, eq. 2 and theorem 1; nulls with a margin: Turner &
+Grünwald, arXiv 2203.09785.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
+    (0.005, 0.16),
+    (0.01, 0.18),
+    (0.02, 0.22),
+    (0.05, 0.24),
+    (0.15, 0.14),
+    (0.40, 0.03),
+    (0.75, 0.03),
+)
+"""(excess over the tolerance, prior weight). The two large ones catch a broken student within a handful of
+answers; they need little weight because their products grow by a factor of ten or more per failure."""
+
+_MEMORY = 4000.0
+"""The running estimates forget beyond about this many requests, so that they follow a drifting base rate."""
+_SHRINK = 40.0
+"""Pseudo-observations at the stable rate in the canary's estimate."""
+_LOWEST, _HIGHEST = 1e-4, 0.985
+
+
+class Window(NamedTuple):
+    """Counts of both arms over the same stretch of time."""
+
+    n_b: int
+    k_b: int
+    n_c: int
+    k_c: int
+
+
+class TwoSample(NamedTuple):
+    """State of both tests on one pair of arms. `harm` and `noninferior` are logs of running products."""
+
+    base_n: float
+    base_k: float
+    canary_n: float
+    canary_k: float
+    harm: tuple[float, ...]
+    noninferior: tuple[float, ...]
+
+
+def start(prior_rate: float, prior_n: float = 20.0) -> TwoSample:
+    """Fresh tests; the prior only steers the first windows' alternatives, validity never depends on it."""
+    return TwoSample(
+        base_n=prior_n,
+        base_k=prior_n * prior_rate,
+        canary_n=0.0,
+        canary_k=0.0,
+        harm=(0.0,) * len(HARM_ALTERNATIVES),
+        noninferior=(0.0, 0.0),
+    )
+
+
+def look(state: TwoSample, window: Window, tolerance: float, margin: float) -> TwoSample:
+    """Multiply one window into both tests, then let it inform the next windows' alternatives.
+
+    The alternatives come from earlier windows only (they are predictable), which is what makes the product
+    of the windows an e-process. A window without one of the arms compares nothing and multiplies by 1.
+    """
+    harm, noninferior = state.harm, state.noninferior
+    if window.n_b > 0 and window.n_c > 0:
+        base = _clip(state.base_k / state.base_n)
+        harm = tuple(
+            done + harm_log_e(window, base, excess, tolerance)
+            for done, (excess, _) in zip(harm, HARM_ALTERNATIVES, strict=True)
+        )
+        noninferior = tuple(
+            done + noninferior_log_e(window, base, rate, margin)
+            for done, rate in zip(noninferior, _noninferior_alternatives(state, base, margin), strict=True)
+        )
+    base_n, base_k = _remember(state.base_n, state.base_k, window.n_b, window.k_b)
+    canary_n, canary_k = _remember(state.canary_n, state.canary_k, window.n_c, window.k_c)
+    return TwoSample(base_n, base_k, canary_n, canary_k, harm, noninferior)
+
+
+def log_harm(state: TwoSample) -> float:
+    """Log of the mixture over alternatives: a weighted mean of e-processes is an e-process."""
+    return log_mean_exp(state.harm, [weight for _, weight in HARM_ALTERNATIVES])
+
+
+def log_noninferior(state: TwoSample) -> float:
+    """Log of the non-inferiority e-process."""
+    return log_mean_exp(state.noninferior)
+
+
+def harm_log_e(window: Window, base: float, excess: float, tolerance: float) -> float:
+    """One window against H0: p_c <= p_b + tolerance, alternative (base, base + tolerance + excess)."""
+    rate = min(base + tolerance + excess, _HIGHEST)
+    if rate <= base + tolerance:
+        return 0.0
+    return block_log_e(window, base, rate, tolerance)
+
+
+def noninferior_log_e(window: Window, base: float, rate: float, margin: float) -> float:
+    """One window against H0: p_c >= p_b + margin, alternative (base, rate) with rate < base + margin."""
+    return block_log_e(window, base, rate, margin)
+
+
+def block_log_e(window: Window, alt_b: float, alt_c: float, delta: float) -> float:
+    """Log of the block e-variable for the null boundary p_c = p_b + delta (arXiv 2106.02693, eq. 2).
+
+    It is the likelihood ratio of the alternative (alt_b, alt_c) to its KL projection (x, x + delta) on the
+    boundary. Why it is an e-variable on the whole null side: with a_b = (alt_b - x)/(x(1-x)) and a_c alike,
+    ln E[e] <= n_b a_b (p_b - x) + n_c a_c (p_c - x - delta), and the projection makes n_b a_b = -n_c a_c, so
+    this is n_c a_c (p_c - p_b - delta): never positive on the side of the null away from the alternative.
+    """
+    n_b, k_b, n_c, k_c = window
+    if n_b <= 0 or n_c <= 0:
+        return 0.0
+    x = boundary_projection(n_b, n_c, alt_b, alt_c, delta)
+    y = x + delta
+    return (
+        k_b * math.log(alt_b / x)
+        + (n_b - k_b) * math.log((1.0 - alt_b) / (1.0 - x))
+        + k_c * math.log(alt_c / y)
+        + (n_c - k_c) * math.log((1.0 - alt_c) / (1.0 - y))
+    )
+
+
+def boundary_projection(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: float) -> float:
+    """The x that minimises KL((alt_b, alt_c) || (x, x + delta)) weighted by the arms' sizes.
+
+    Root of n_b(alt_b - x)/(x(1-x)) + n_c(alt_c - x - delta)/((x+delta)(1-x-delta)), which falls in x: Newton
+    steps kept inside a bisection bracket.
+    """
+    lo, hi = max(0.0, -delta), min(1.0, 1.0 - delta)
+    x = min(max((n_b * alt_b + n_c * (alt_c - delta)) / (n_b + n_c), lo + 1e-9), hi - 1e-9)
+    for _ in range(100):
+        y = x + delta
+        slope_b, slope_c = alt_b / x, (1.0 - alt_b) / (1.0 - x)
+        grow_c, fall_c = alt_c / y, (1.0 - alt_c) / (1.0 - y)
+        value = n_b * (slope_b - slope_c) + n_c * (grow_c - fall_c)
+        if value > 0.0:
+            lo = x
+        else:
+            hi = x
+        curve = n_b * (slope_b / x + slope_c / (1.0 - x)) + n_c * (grow_c / y + fall_c / (1.0 - y))
+        step = x + value / curve
+        new = step if lo < step < hi else 0.5 * (lo + hi)
+        if abs(new - x) <= 1e-15:
+            return new
+        x = new
+    return x
+
+
+def log_mean_exp(logs: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Log of the (weighted) mean of exponentials, without overflow."""
+    parts = [1.0 / len(logs)] * len(logs) if weights is None else list(weights)
+    top = max(logs)
+    return top + math.log(math.fsum(w * math.exp(v - top) for v, w in zip(logs, parts, strict=True)))
+
+
+def _noninferior_alternatives(state: TwoSample, base: float, margin: float) -> tuple[float, float]:
+    """Two predictable guesses of the canary's rate under 'no worse': its record, and the stable's rate."""
+    shrunk = (state.canary_k + _SHRINK * base) / (state.canary_n + _SHRINK)
+    cap = min(base + margin / 2.0, _HIGHEST)
+    return min(max(shrunk, _LOWEST), cap), base
+
+
+def _remember(n: float, k: float, new_n: int, new_k: int) -> tuple[float, float]:
+    total = n + new_n
+    keep = min(1.0, _MEMORY / total) if total > 0 else 1.0
+    return total * keep, (k + new_k) * keep
+
+
+def _clip(rate: float) -> float:
+    return min(max(rate, _LOWEST), _HIGHEST)

@@ -1,0 +1,96 @@
+"""Prometheus metrics of the control plane.
+
+Works with prometheus_client's multiprocess mode (PROMETHEUS_MULTIPROC_DIR) and without: gauges say
+"mostrecent", because the controller that holds the lease is the one that wrote last. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from contracts.rollout import ArmCounts, Phase, RolloutSpec, RolloutStatus
+from serve.rollout.observation import Decision
+
+_TICK_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+class ControllerMetrics:
+    """What the controller exports; one instance a process (or one a registry, in tests)."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(
+                f"stillhouse_rollout_{name}", text, labels, registry=registry, multiprocess_mode="mostrecent"
+            )
+
+        self.phase = gauge(
+            "phase", "1 for the phase the route's rollout is in, 0 for the others.", "route", "phase"
+        )
+        self.step = gauge("step", "Step of the ramp, from 1; 0 before the first.", "route")
+        self.weight = gauge("weight", "Canary's share of the route's traffic.", "route")
+        self.log_evalue = gauge(
+            "log_evalue",
+            "Natural log of the e-value of a metric's test (harm, noninferior).",
+            "route",
+            "metric",
+            "test",
+        )
+        self.log_threshold = gauge(
+            "log_threshold", "Natural log of the e-value at which a test decides.", "route", "test"
+        )
+        self.samples = gauge(
+            "samples", "Requests counted as evidence since the rollout began.", "route", "arm"
+        )
+        self.leader = Gauge(
+            "stillhouse_rollout_controller_leader",
+            "1 when this controller holds the lease.",
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self.decisions = Counter(
+            "stillhouse_rollout_decisions_total",
+            "Decisions taken: step, held, paused, resumed, promoted, rolled_back, aborted.",
+            ("route", "decision"),
+            registry=registry,
+        )
+        self.tick_seconds = Histogram(
+            "stillhouse_rollout_tick_seconds",
+            "One controller tick over all rollouts.",
+            buckets=_TICK_BUCKETS,
+            registry=registry,
+        )
+
+    def observe(self, spec: RolloutSpec, before: RolloutStatus, decision: Decision) -> None:
+        """Export a stored tick."""
+        after, route = decision.status, spec.route
+        for phase in Phase:
+            self.phase.labels(route, phase.value).set(1.0 if phase is after.phase else 0.0)
+        self.step.labels(route).set(after.step + 1 if after.max_weight > 0 else 0)
+        self.weight.labels(route).set(
+            after.weight if after.phase not in (Phase.PROMOTING, Phase.PROMOTED) else 0.0
+        )
+        for metric in after.metrics:
+            self.log_evalue.labels(route, metric.kind.value, "harm").set(metric.log_harm)
+            self.log_evalue.labels(route, metric.kind.value, "noninferior").set(metric.log_noninferior)
+        for arm in ("stable", "canary"):
+            self.samples.labels(route, arm).set(after.total_counts.get(arm, ArmCounts()).n)
+        event = decided(before, after)
+        if event is not None:
+            self.decisions.labels(route, event).inc()
+
+    def thresholds(self, route: str, harm: float, noninferior: float) -> None:
+        """Export the bounds of a route's rollout."""
+        self.log_threshold.labels(route, "harm").set(harm)
+        self.log_threshold.labels(route, "noninferior").set(noninferior)
+
+
+def decided(before: RolloutStatus, after: RolloutStatus) -> str | None:
+    """The word for what a tick decided, or None when it only looked."""
+    if after.decision is not None and before.decision is None:
+        return after.decision
+    if (after.step, after.max_weight) != (before.step, before.max_weight):
+        return "step"
+    if after.phase is before.phase:
+        return None
+    words = {Phase.HELD: "held", Phase.PAUSED: "paused", Phase.RAMPING: "resumed"}
+    return words.get(after.phase)

@@ -1,0 +1,116 @@
+"""Rollout policies: the reusable, named defaults of a team, and the spec made from one of them.
+
+Read from the stack's configuration (`policies:`). Knows nothing about a running rollout.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+
+from pydantic import Field, model_validator
+
+from contracts.config import StrictConfig
+from contracts.model import ModelRecord
+from contracts.rollout import MetricKind, MetricSpec, RolloutSpec, Step
+from contracts.traffic import Upstream
+
+DEFAULT_STEPS = (
+    Step(weight=0.01, min_samples=20, min_dwell_s=120),
+    Step(weight=0.05, min_samples=50, min_dwell_s=120),
+    Step(weight=0.10, min_samples=100, min_dwell_s=180),
+    Step(weight=0.25, min_samples=100, min_dwell_s=180),
+    Step(weight=0.50, min_samples=100, min_dwell_s=180),
+)
+DEFAULT_METRICS = (
+    MetricSpec(kind=MetricKind.ERRORS, margin=0.02),
+    MetricSpec(kind=MetricKind.TTFT, margin=0.05, thresholds_s=(0.4, 1.0, 3.0)),
+    MetricSpec(kind=MetricKind.E2E, margin=0.05, thresholds_s=(2.0, 6.0, 15.0)),
+)
+
+
+class RolloutPolicy(StrictConfig):
+    """How a rollout of this team goes: ramp, guardrails, patience. 100 % is the promotion, not a step.
+
+    Rates are shares of requests (0.02 = 2 percentage points), times are seconds.
+    """
+
+    steps: tuple[Step, ...] = DEFAULT_STEPS
+    """The ramp: rising weights below 1, each with the canary requests and the time it takes at least."""
+    metrics: tuple[MetricSpec, ...] = DEFAULT_METRICS
+    """Guardrails; every one must be shown non-inferior. 'quality' needs a grader on the route."""
+    alpha_harm: float = Field(default=0.05, gt=0, lt=1)
+    """Chance at most that a harmless student is rolled back by the tests."""
+    alpha_promote: float = Field(default=0.05, gt=0, lt=1)
+    """Chance at most that a student worse than a margin is promoted."""
+    look_s: float = Field(default=60.0, gt=0, le=3600)
+    """Seconds between looks at the evidence."""
+    no_data_deadline_s: float = Field(default=3600.0, gt=0)
+    """Roll back when the canary got no counted request for this long."""
+    kill_switch_errors: float = Field(default=0.5, gt=0, le=1)
+    """Roll back at once when this share of at least 20 canary requests failed."""
+    warm_timeout_s: float = Field(default=900.0, gt=0)
+    """Give up when the student's application is not up and answering after this."""
+    drain_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for the loser's last requests."""
+    hold_final: bool = False
+    """An A/B test: stay on the last step until a person promotes or aborts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutPolicy:
+        weights = [s.weight for s in self.steps]
+        if not weights or any(b <= a for a, b in itertools.pairwise(weights)):
+            raise ValueError(f"steps: weights must rise strictly, as in 0.01, 0.05, 0.1, 0.25; got {weights}")
+        if weights[-1] >= 1.0:
+            raise ValueError("steps: leave out the step of weight 1; the promotion itself moves all traffic")
+        if not self.metrics:
+            raise ValueError(
+                "metrics: give one at least, e.g. {kind: errors, margin: 0.02}; no data, no promotion"
+            )
+        kinds = [m.kind.value for m in self.metrics]
+        twice = sorted({k for k in kinds if kinds.count(k) > 1})
+        if twice:
+            raise ValueError(f"metrics: each kind may appear once, merge the entries of {', '.join(twice)}")
+        if self.no_data_deadline_s < 2 * self.look_s:
+            least = f"{2 * self.look_s:g} s, two looks"
+            raise ValueError(
+                f"no_data_deadline_s: must be at least {least}; got {self.no_data_deadline_s:g} s"
+            )
+        return self
+
+
+def student_upstream(record: ModelRecord) -> Upstream:
+    """The Ray Serve application of one model version: each version has its own, named after it."""
+    name = f"{record.name}-v{record.version}"
+    return Upstream(name=name, model=name, app=name, digest=record.artifact.digest)
+
+
+def make_spec(
+    policy: RolloutPolicy,
+    route: str,
+    record: ModelRecord,
+    upstream: Upstream | None = None,
+    now: float | None = None,
+    by: str = "cli",
+) -> RolloutSpec:
+    """The immutable spec of one rollout of a registered model on a route.
+
+    Args:
+        upstream: where the candidate runs; None deploys the record's artifact as an application of its own.
+        now: Unix seconds.
+    """
+    at = time.time() if now is None else now
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(at))
+    shared = {name: getattr(policy, name) for name in RolloutPolicy.model_fields}
+    return RolloutSpec(
+        id=f"{route[:60]}-{stamp}-{uuid.uuid4().hex[:4]}",
+        route=route,
+        model_ref=record.ref,
+        candidate=upstream or student_upstream(record),
+        artifact_uri=record.artifact.uri if upstream is None else None,
+        digest=record.artifact.digest,
+        created_at=at,
+        created_by=by,
+        **shared,
+    )

@@ -1,0 +1,104 @@
+"""Plain sentences with the numbers in them: why a rollout is where it is.
+
+Read by people in status, history, watch and the report, and stored in the audit trail. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from contracts.rollout import ArmCounts, MetricKind, MetricSpec, MetricStatus, RolloutSpec, RolloutStatus
+from serve.rollout import evalues
+from serve.rollout.evidence import Family, windows_of
+
+_WHAT = {
+    MetricKind.ERRORS: "failed {c} against {b} on stable",
+    MetricKind.QUALITY: "got {c} graded answers wrong against {b} on stable",
+    MetricKind.TTFT: "took longer than {t:g} s to the first token in {c} against {b} on stable",
+    MetricKind.E2E: "took longer than {t:g} s to the last token in {c} against {b} on stable",
+}
+
+
+def number(log_e: float) -> str:
+    """An e-value for people: 0.3, 41, 1.2e+07."""
+    if abs(log_e) > 600:
+        return f"1e{log_e / math.log(10):+.0f}"
+    value = math.exp(log_e)
+    if 0.995 <= value < 10_000:
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2g}"
+
+
+def percent(weight: float) -> str:
+    """A weight for people."""
+    return f"{100 * weight:g} %"
+
+
+def step_name(spec: RolloutSpec, index: int) -> str:
+    """Where in the ladder, e.g. 'step 2 of 5 (5 %)'."""
+    return f"step {index + 1} of {len(spec.steps)} ({percent(spec.steps[index].weight)})"
+
+
+def compared(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts]) -> str:
+    """What both arms did on one metric; for latency at the threshold where the canary looks worst."""
+    wanted = next(m for m in spec.metrics if m.kind is metric.kind)
+    stable, canary = (counts.get(arm, ArmCounts()) for arm in ("stable", "canary"))
+    windows = windows_of(wanted, stable, canary)
+    index = max(range(len(windows)), key=lambda i: _excess(windows[i]))
+    w = windows[index]
+    threshold = wanted.thresholds_s[index] if wanted.thresholds_s else 0.0
+    return "canary " + _WHAT[metric.kind].format(c=_share(w.k_c, w.n_c), b=_share(w.k_b, w.n_b), t=threshold)
+
+
+def harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:
+    """Why it is rolled back."""
+    worst = family.worst
+    said = compared(spec, worst, counts)
+    if worst.log_harm >= family.log_harm_each_at:
+        bound = f"{number(family.log_harm_each_at)} ({len(spec.metrics)} metrics / alpha {spec.alpha_harm:g})"
+        return f"{worst.kind.value}: {said}: harm e-value {number(worst.log_harm)} >= {bound}"
+    bound = f"{number(family.log_harm_mean_at)} (1 / alpha {spec.alpha_harm:g})"
+    return f"{worst.kind.value}: {said}: mean harm e-value {number(family.log_mean_harm)} >= {bound}"
+
+
+def promoted(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:
+    """Why it is promoted."""
+    weakest = family.weakest
+    margin = next(m.margin for m in spec.metrics if m.kind is weakest.kind)
+    return (
+        f"every metric is shown to be no worse than stable by its margin; weakest was {weakest.kind.value} "
+        f"(margin {percent(margin)}): {compared(spec, weakest, counts)}: "
+        f"e-value {number(weakest.log_noninferior)} >= {number(family.log_promote_at)} "
+        f"(1 / alpha {spec.alpha_promote:g})"
+    )
+
+
+def weak(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts], needed: float) -> str:
+    """Why a step is not left although its time is over."""
+    metric_spec: MetricSpec = next(m for m in spec.metrics if m.kind is metric.kind)
+    seen = sum(w.n_c for w in windows_of(metric_spec, ArmCounts(), counts.get("canary", ArmCounts())))
+    if seen == 0:
+        return f"no canary data on {metric.kind.value} yet"
+    return (
+        f"{metric.kind.value}: {compared(spec, metric, counts)}: "
+        f"non-inferiority e-value {number(metric.log_noninferior)} of {needed:.3g} needed"
+    )
+
+
+def waiting(spec: RolloutSpec, status: RolloutStatus, now: float) -> str:
+    """What the current step still waits for besides evidence."""
+    step = spec.steps[status.step]
+    seen = status.step_counts.get("canary", ArmCounts()).n
+    dwell = max(0.0, now - status.step_since)
+    return (
+        f"{step_name(spec, status.step)}: {seen} of {step.min_samples} canary requests, "
+        f"{dwell:.0f} of {step.min_dwell_s:g} s"
+    )
+
+
+def _share(k: int, n: int) -> str:
+    return f"{k} of {n}" + (f" ({100 * k / n:.1f} %)" if n else "")
+
+
+def _excess(w: evalues.Window) -> float:
+    return w.k_c / max(1, w.n_c) - w.k_b / max(1, w.n_b)

@@ -1,0 +1,138 @@
+"""Starting a rollout and asking things of a running one: what the CLI (and the demo) call.
+
+Only writes requests into the state store; the controller does the rest. Knows nothing about terminals.
+"""
+
+from __future__ import annotations
+
+import getpass
+
+from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
+from contracts.gates import Verdict
+from contracts.model import ModelRecord
+from contracts.rollout import Phase, RolloutSpec
+from registry.store import Registry, parse_ref
+from serve.rollout.aliases import CHALLENGER
+from serve.rollout.decide import initial
+from serve.rollout.policy import RolloutPolicy, make_spec
+from serve.state.rollouts import RolloutState, StoredRollout
+from serve.state.traffic import TrafficState
+
+_ALLOWED = {
+    "pause": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD),
+    "resume": (Phase.PENDING, Phase.WARMING, Phase.PAUSED),
+    "promote": (Phase.RAMPING, Phase.HELD, Phase.PAUSED),
+    "abort": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD, Phase.PAUSED),
+}
+
+
+def start_rollout(
+    rollouts: RolloutState,
+    traffic: TrafficState,
+    registry: Registry,
+    policy: RolloutPolicy,
+    route: str,
+    model: str,
+    *,
+    by: str | None = None,
+    reason: str = "",
+    force_quarantined: bool = False,
+) -> RolloutSpec:
+    """Check that the model may be tried on the route, and hand the rollout to the controller.
+
+    Raises:
+        NotFoundError: the route or the model does not exist.
+        GateError: the model's offline gates did not pass and nobody overrode them at its publication.
+        ConflictError: the digest is quarantined or serves the route already, or a rollout is active there.
+    """
+    split = traffic.get_split(route)
+    if split is None:
+        known = ", ".join(sorted(traffic.splits())) or "none; start the stack with 'stillhouse up'"
+        raise NotFoundError(f"no route {route!r}; there are: {known}.")
+    record = registry.get(model)
+    check_gates(record)
+    if split.stable.digest == record.artifact.digest:
+        raise ConflictError(f"{record.ref} is the stable upstream of route {route!r} already.")
+    why = rollouts.quarantined(record.artifact.digest)
+    if why is not None and not force_quarantined:
+        raise ConflictError(
+            f"{record.ref} is quarantined because it was thrown back before: {why}. "
+            "Publish a better one, or say --force-quarantined to try the same one again."
+        )
+    folder = registry.download(record.ref)
+    record = record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
+    who = (by or getpass.getuser()) + (f" ({reason})" if reason else "")
+    spec = make_spec(policy, route, record, by=who)
+    rollouts.create(spec, initial(spec))
+    registry.set_alias(
+        record.name, CHALLENGER, record.version, f"rollout {spec.id}", reason or "rollout started"
+    )
+    return spec
+
+
+def check_gates(record: ModelRecord) -> None:
+    """Raises GateError unless the offline gates passed, or a named person let the model through."""
+    if record.evaluation is None:
+        raise GateError(
+            f"{record.ref} was never evaluated; run 'stillhouse distill' up to its evaluate stage."
+        )
+    gates = record.evaluation.gates
+    if gates.verdict is Verdict.PASS or gates.overridden_by is not None:
+        return
+    failed = (
+        "; ".join(r.reason for r in gates.results if r.verdict is not Verdict.PASS) or "no gates were set"
+    )
+    raise GateError(
+        f"{record.ref} did not pass its offline gates ({gates.verdict.value}): {failed}. "
+        "Publish it with a gate override if it shall see traffic all the same."
+    )
+
+
+def ask(
+    rollouts: RolloutState, route: str, verb: str, *, by: str | None = None, reason: str = ""
+) -> StoredRollout:
+    """Ask the controller for pause, resume, promote or abort; returns the rollout it was asked of.
+
+    Raises: ConflictError when the rollout's phase does not allow it, NotFoundError without an active one.
+    """
+    stored = active_rollout(rollouts, route)
+    phase = stored.status.phase
+    if phase not in _ALLOWED[verb] or (verb == "resume" and not stored.status.paused):
+        fits = ", ".join(p.value for p in _ALLOWED[verb] if verb != "resume" or p is Phase.PAUSED)
+        raise ConflictError(f"{verb} is not possible: the rollout is {phase.value}; it must be {fits}.")
+    rollouts.add_command(stored.spec.id, verb, by or getpass.getuser(), reason)
+    return stored
+
+
+def active_rollout(rollouts: RolloutState, route: str) -> StoredRollout:
+    """The active rollout of a route. Raises NotFoundError saying where the finished ones are."""
+    found = rollouts.active(route)
+    if not found:
+        raise NotFoundError(
+            f"route {route!r} has no active rollout; see 'stillhouse rollout history {route}' for past ones."
+        )
+    return found[0]
+
+
+def pick_policy(policies: dict[str, RolloutPolicy], name: str | None) -> RolloutPolicy:
+    """The named policy; without a name: 'default', or the only one there is, or the built-in one."""
+    if name is not None:
+        if name not in policies:
+            raise ConfigError(
+                f"no rollout policy {name!r}; the configuration has: {', '.join(policies) or 'none'}."
+            )
+        return policies[name]
+    if "default" in policies:
+        return policies["default"]
+    if len(policies) == 1:
+        return next(iter(policies.values()))
+    if policies:
+        raise ConfigError(
+            f"several policies and none is called 'default'; say --policy {' | '.join(policies)}."
+        )
+    return RolloutPolicy()
+
+
+def check_model_ref(model: str) -> None:
+    """Raises ConfigError with the accepted forms when this cannot be a model reference."""
+    parse_ref(model)

@@ -1,0 +1,223 @@
+"""The state store: what one transaction promises, and what races cannot break."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, update
+
+from contracts.errors import ConflictError, NotFoundError, StateError
+from contracts.rollout import ArmCounts, LedgerEntry, Phase
+from contracts.traffic import Split
+from serve.rollout.decide import initial
+from serve.rollout.policy import RolloutPolicy, make_spec
+from serve.state.rollouts import AuditEntry, RolloutState
+from serve.state.tables import open_state, schema_table
+from serve.state.traffic import RouterReport, TrafficState
+from tests.unit.rollout_world import T0, TEACHER, record
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """An empty store."""
+    return open_state(f"sqlite:///{tmp_path}/deep/er/state.db")
+
+
+def split(version: int, weight: float = 0.0) -> Split:
+    """A split of the route under test."""
+    return Split(route="r", version=version, salt="s", stable=TEACHER, canary=TEACHER, weight=weight)
+
+
+def entry(replica: str, seq: int, n: int = 1, rollout: str | None = "x") -> LedgerEntry:
+    """A ledger entry of the route under test."""
+    counts = ArmCounts(n=n)
+    return LedgerEntry(
+        replica=replica,
+        seq=seq,
+        route="r",
+        rollout_id=rollout,
+        arm="stable",
+        split_version=1,
+        at=T0,
+        counts=counts,
+    )
+
+
+def started(engine: Engine) -> RolloutState:
+    """A store with one pending rollout 'x'."""
+    state = RolloutState(engine)
+    spec = make_spec(RolloutPolicy(), "r", record(), now=T0).model_copy(update={"id": "x"})
+    state.create(spec, initial(spec))
+    return state
+
+
+def audit(tick: int) -> AuditEntry:
+    """An audit line."""
+    return AuditEntry(rollout_id="x", tick=tick, at=T0, kind="look", body={"n": tick, "e": 0.1 + 0.2})
+
+
+def test_a_split_is_written_only_one_above_the_stored_version(engine: Engine) -> None:
+    """Compare-and-set: of two writers that read the same version one loses."""
+    traffic = TrafficState(engine)
+    traffic.put_split(split(1))
+    traffic.put_split(split(2, 0.1))
+    with pytest.raises(ConflictError):
+        traffic.put_split(split(2, 0.9))
+    with pytest.raises(ConflictError):
+        traffic.put_split(split(1))
+    assert traffic.get_split("r") == split(2, 0.1)
+    assert traffic.splits() == {"r": split(2, 0.1)}
+
+
+def test_a_ledger_entry_counts_once_however_often_it_is_sent(engine: Engine) -> None:
+    """Routers retry; (replica, seq) is the identity, and the first one stays."""
+    traffic = TrafficState(engine)
+    traffic.append_ledger([entry("a", 1, n=5), entry("a", 2)])
+    traffic.append_ledger([entry("a", 1, n=99), entry("a", 3)])
+    assert [(e.seq, e.counts.n) for e in traffic.read_ledger("r", "x", {})] == [(1, 5), (2, 1), (3, 1)]
+
+
+def test_the_cursor_is_per_replica(engine: Engine) -> None:
+    """A replica that commits late, or is new, is never skipped; other rollouts' entries are not seen."""
+    traffic = TrafficState(engine)
+    traffic.append_ledger(
+        [entry("a", 1), entry("a", 2), entry("b", 1), entry("c", 7), entry("a", 3, rollout="y")]
+    )
+    found = traffic.read_ledger("r", "x", {"a": 1, "b": 1})
+    assert [(e.replica, e.seq) for e in found] == [("a", 2), ("c", 7)]
+
+
+def test_a_tick_is_all_or_nothing(engine: Engine) -> None:
+    """When the split lost its race neither status, audit, commands nor quarantine of the tick are stored."""
+    state, traffic = started(engine), TrafficState(engine)
+    traffic.put_split(split(1))
+    state.add_command("x", "pause", "ann")
+    before = state.get("x")
+    moved = before.status.model_copy(update={"phase": Phase.WARMING, "ticks": 1})
+    with pytest.raises(ConflictError):
+        state.save_tick(
+            before, moved, [audit(1)], split=split(3), done_commands=[1], quarantined=("d", "bad")
+        )
+    assert state.get("x") == before
+    assert state.audit("x") == []
+    assert len(state.pending_commands("x")) == 1
+    assert state.quarantined("d") is None
+
+    after = state.save_tick(
+        before, moved, [audit(1)], split=split(2), done_commands=[1], quarantined=("d", "bad")
+    )
+    assert state.get("x") == after
+    assert state.audit("x") == [audit(1)]
+    assert state.pending_commands("x") == []
+    assert state.quarantined("d") == "bad"
+    assert traffic.get_split("r") == split(2)
+
+
+def test_a_stale_writer_is_refused(engine: Engine) -> None:
+    """Two controllers read the same status: the second to write gets a conflict, and writes nothing."""
+    state = started(engine)
+    before = state.get("x")
+    state.save_tick(before, before.status, [audit(1)])
+    with pytest.raises(ConflictError, match="another controller"):
+        state.save_tick(before, before.status, [audit(2)])
+    assert [e.tick for e in state.audit("x")] == [1]
+
+
+def test_one_active_rollout_a_route_until_it_is_over(engine: Engine) -> None:
+    """The database itself refuses the second; a terminal status frees the route."""
+    state = started(engine)
+    spec = make_spec(RolloutPolicy(), "r", record(2), now=T0 + 1)
+    with pytest.raises(ConflictError, match="already has an active rollout"):
+        state.create(spec, initial(spec))
+    before = state.get("x")
+    state.save_tick(before, before.status.model_copy(update={"phase": Phase.ABORTED}), [])
+    assert state.active() == []
+    state.create(spec, initial(spec))
+    assert [r.spec.id for r in state.active("r")] == [spec.id]
+    assert [r.spec.id for r in state.history("r")] == ["x", spec.id]
+
+
+def test_unknown_things_are_named(engine: Engine) -> None:
+    """Errors say what was asked for and what there is."""
+    state = started(engine)
+    with pytest.raises(NotFoundError, match="no rollout 'y'"):
+        state.get("y")
+    with pytest.raises(NotFoundError, match="pause, resume, promote, abort"):
+        state.add_command("x", "explode", "ann")
+
+
+def test_the_lease_has_one_holder(engine: Engine) -> None:
+    """Renewable by its holder, refused to others, free again when released or expired."""
+    state = started(engine)
+    assert state.acquire_lease("l", "one", 60)
+    assert state.acquire_lease("l", "one", 60)
+    assert not state.acquire_lease("l", "two", 60)
+    state.release_lease("l", "two")
+    assert not state.acquire_lease("l", "two", 60)
+    state.release_lease("l", "one")
+    assert state.acquire_lease("l", "two", -1.0)
+    assert state.acquire_lease("l", "one", 60)
+
+
+def test_many_who_want_the_lease_at_once_get_one_holder(engine: Engine) -> None:
+    """Threads with connections of their own race for a fresh lease: exactly one wins."""
+    state, won, go = RolloutState(engine), [], threading.Barrier(8)
+
+    def want(name: str) -> None:
+        go.wait()
+        if state.acquire_lease("l", name, 60):
+            won.append(name)
+
+    threads = [threading.Thread(target=want, args=(f"h{i}",)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(won) == 1
+
+
+def test_endpoints_and_routers_age_out(engine: Engine) -> None:
+    """What has not been seen lately is not offered as alive; leaving removes it at once."""
+    traffic = TrafficState(engine)
+    traffic.put_endpoint("app", "one", "http://a", 1)
+    traffic.put_endpoint("app", "two", "http://b", 2)
+    traffic.put_endpoint("app", "one", "http://c", 3)
+    assert [(e.replica, e.url, e.pid) for e in traffic.endpoints()["app"]] == [
+        ("one", "http://c", 3),
+        ("two", "http://b", 2),
+    ]
+    assert traffic.endpoints(max_age_s=-1.0) == {}
+    traffic.drop_endpoint("app", "one")
+    assert [e.replica for e in traffic.endpoints(60)["app"]] == ["two"]
+    traffic.report_router(RouterReport(replica="r1", versions={"r": 4}, in_flight={"teacher": 2}))
+    (report,) = traffic.routers(60)
+    assert (report.versions, report.in_flight) == ({"r": 4}, {"teacher": 2})
+    assert time.time() - report.seen_at < 60
+    traffic.drop_router("r1")
+    assert traffic.routers(60) == []
+
+
+def test_pruning_keeps_what_is_recent(engine: Engine) -> None:
+    """Old ledger entries go, recent ones stay."""
+    traffic = TrafficState(engine)
+    fresh = entry("a", 2).model_copy(update={"at": time.time()})
+    traffic.append_ledger([entry("a", 1), fresh])
+    assert traffic.prune_ledger(3600) == 1
+    assert [e.seq for e in traffic.read_ledger("r", "x", {})] == [2]
+
+
+def test_a_store_of_another_release_is_refused(engine: Engine) -> None:
+    """A newer or older schema is an error with both versions, not a misread row."""
+    with engine.begin() as db:
+        db.execute(update(schema_table).values(version=99))
+    with pytest.raises(StateError, match="schema version 99"):
+        open_state(str(engine.url))
+
+
+def test_an_unreachable_store_says_what_to_check() -> None:
+    """A wrong URL is a StateError with the URL in it."""
+    with pytest.raises(StateError, match="cannot be opened"):
+        open_state("sqlite:////proc/nowhere/state.db")
