@@ -1,0 +1,80 @@
+"""The log window of a job: which bytes of which segments, fixed when the job first starts.
+
+Serving goes on writing while a job runs; a job that is killed and started again must see the same rows.
+Knows nothing about what is in a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from contracts.config import Record, write_atomic
+from contracts.errors import DataError
+
+_OPEN = ".open.jsonl"
+
+
+class Segment(Record):
+    """The first `bytes` bytes of a log file: whole lines only."""
+
+    name: str
+    bytes: int
+    digest: str
+    torn: int = 0
+    """1 when the file went on with an unfinished line at that moment."""
+
+
+def pin_window(log_dir: Path, file: Path) -> list[Segment]:
+    """The window that `file` pins; pinned now when there is none yet.
+
+    Raises: DataError when there are no logs.
+    """
+    if file.is_file():
+        return [Segment.model_validate(s) for s in json.loads(file.read_text(encoding="utf-8"))]
+    # By closed name: a segment that is renamed while the folder is listed may appear under both names.
+    found = {_closed(path.name): path.name for path in sorted(log_dir.glob("*.jsonl"), reverse=True)}
+    segments = [s for name in sorted(found.values()) if (s := _measure(log_dir, name)).bytes]
+    if not segments:
+        raise DataError(
+            f"There are no request-log segments (*.jsonl) with rows in {log_dir}. Send traffic first."
+        )
+    write_atomic(file, json.dumps([s.model_dump() for s in segments], indent=1) + "\n")
+    return segments
+
+
+def read_segment(log_dir: Path, segment: Segment) -> bytes:
+    """The pinned bytes, wherever they are now: the router may close (rename) an open segment at any moment.
+
+    Raises: DataError when they are gone, or are not the pinned ones any more.
+    """
+    # The open name first: when it is gone, the rename has happened, and the closed name is there.
+    for name in (segment.name, _closed(segment.name)):
+        try:
+            with (log_dir / name).open("rb") as source:
+                data = source.read(segment.bytes)
+        except FileNotFoundError:
+            continue
+        if hashlib.sha256(data).hexdigest() == segment.digest:
+            return data
+    raise DataError(
+        f"Log segment {segment.name} is gone from {log_dir} or was rewritten since this job fixed its window."
+        " Start a job with another workdir to use the logs there are now."
+    )
+
+
+def _closed(name: str) -> str:
+    return name.removesuffix(_OPEN) + ".jsonl" if name.endswith(_OPEN) else name
+
+
+def _measure(log_dir: Path, name: str) -> Segment:
+    """Pin a file's whole lines; what follows its last line break is torn, or not written yet."""
+    try:
+        data = (log_dir / name).read_bytes()
+    except FileNotFoundError:  # closed since the folder was listed
+        name = _closed(name)
+        data = (log_dir / name).read_bytes()
+    whole = data.rfind(b"\n") + 1
+    digest = hashlib.sha256(data[:whole]).hexdigest()
+    return Segment(name=name, bytes=whole, digest=digest, torn=int(whole < len(data)))

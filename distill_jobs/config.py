@@ -1,0 +1,187 @@
+"""What a distillation job may be told, one section a stage. Importable without torch, ray or vllm.
+
+Fields named in a section's OPERATIONAL change how the work is done, never its result, so they are no part of
+the stage's key: lowering a batch size after running out of memory repeats nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from contracts.config import StrictConfig
+from contracts.gates import Gate
+from distill_jobs.training.config import TrainConfig
+
+
+class Section(StrictConfig):
+    """One stage's configuration."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
+
+
+class CollectConfig(Section):
+    """Which logged requests become samples."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"executor", "log_dir"})
+
+    log_dir: Path
+    """Folder of request-log segments (*.jsonl, and *.open.jsonl that is still being written)."""
+    executor: Literal["ray", "local"] = "ray"
+    """ray: segments are mapped by Ray Data, on the running cluster when there is one. local: in this process.
+    """
+    route: str | None = None
+    """Only requests to this route; None takes all."""
+    upstreams: tuple[str, ...] = ()
+    """Names of the upstreams whose answers are the teacher's; empty means every upstream."""
+    other_answers: Literal["drop", "relabel"] = "drop"
+    """Requests that another upstream answered: drop them, or have the teacher answer them offline."""
+    since: float | None = None
+    """Unix seconds; older rows are left out."""
+    until: float | None = None
+    """Unix seconds; rows at or after it are left out."""
+    require_json: bool = False
+    """Keep only answers that parse as JSON."""
+    drop_failed_grades: bool = False
+    """Drop answers that the online grader failed. Off: the student learns the teacher, mistakes included."""
+    max_chars: int = Field(default=32_000, ge=1)
+    """Longest request plus answer, in characters."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Keep at most so many samples (a deterministic choice, by digest)."""
+    near_duplicates: float | None = Field(default=0.8, gt=0, le=1)
+    """Jaccard similarity of character 5-grams from which two requests are near-duplicates; None keeps all."""
+    keep_per_cluster: int = Field(default=1, ge=1)
+    """Samples kept of each cluster of near-duplicates; a cluster stays on one side of the split."""
+    holdout: tuple[Path, ...] = ()
+    """Files of held-out requests (JSONL of {"request": ...} or plain lines) that no sample may resemble."""
+    validation: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the samples for validation."""
+    calibration: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the samples for calibrating quantization."""
+    min_rows: int = Field(default=32, ge=1)
+    """Fewer training samples than this is an error: the logs do not hold enough traffic yet."""
+
+    @model_validator(mode="after")
+    def _something_left(self) -> CollectConfig:
+        if self.validation + self.calibration >= 1:
+            raise ValueError("validation + calibration leave nothing to train on; their sum must be below 1")
+        return self
+
+
+class TeachConfig(Section):
+    """The cache of the teacher's text and top-k distributions."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "threads"})
+
+    k: int = Field(default=20, ge=1)
+    """Teacher log-probabilities kept at each completion position."""
+    max_tokens: int = Field(default=1024, ge=8)
+    """Longest prompt plus completion in tokens; longer samples are dropped and counted."""
+    answer_tokens: int = Field(default=256, ge=1)
+    """Longest answer when the teacher answers offline."""
+    shard_rows: int = Field(default=512, ge=1)
+    """Samples in one part file: the unit of work that a killed run repeats."""
+    batch_tokens: int = Field(default=2048, ge=16)
+    """Padded tokens in one forward pass. Small fits a CPU's caches (2,048 took 25 % less CPU time than
+    8,192).
+    """
+    threads: int = Field(default=1, ge=1)
+    """Torch threads."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class QuantizeConfig(Section):
+    """AWQ through llm-compressor, in an environment of its own."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"timeout_s", "threads"})
+
+    scheme: Literal["W4A16", "W4A16_ASYM"] = "W4A16"
+    group_size: Literal[32, 64, 128] = 128
+    """Input columns that share a scale; every linear layer's in-features must be a multiple of it."""
+    samples: int = Field(default=128, ge=1)
+    """Calibration samples: logged requests with the teacher's answers."""
+    max_tokens: int = Field(default=512, ge=8)
+    """Calibration samples are cut to this length."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Layers that stay in bf16."""
+    timeout_s: float = Field(default=3600, gt=0)
+    threads: int = Field(default=1, ge=1)
+    """OpenMP threads; more than one was slower on a busy machine (research: 22 s against 494 s)."""
+
+
+class EngineConfig(StrictConfig):
+    """How evaluation starts vLLM: small, and without touching the engines that serve."""
+
+    dtype: str = "bfloat16"
+    max_model_len: int = Field(default=1024, ge=16)
+    max_num_seqs: int = Field(default=32, ge=1)
+    kv_cache_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    enforce_eager: bool = True
+    threads: int = Field(default=1, ge=1)
+    timeout_s: float = Field(default=1800, gt=0)
+
+
+class EvaluateConfig(Section):
+    """What is measured, through vLLM, on teacher, student and quantized artifact."""
+
+    dataset: str
+    """JSONL file of {"request": {OpenAI chat body}} rows, or "module:function" that yields such rows."""
+    dataset_args: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    """Keyword arguments of a dataset function (its seed and size)."""
+    grader: str | None = None
+    """ "module:function" called with (request, text) that returns True, False or None (cannot be graded)."""
+    samples: int = Field(default=500, ge=1)
+    """Requests answered for accuracy; the first of the dataset."""
+    score_samples: int = Field(default=200, ge=1)
+    """Of those, requests whose teacher answers are scored for perplexity, KL and agreement."""
+    topk: int = Field(default=20, ge=1)
+    """Log-probabilities compared at each position; the rest is one tail bucket."""
+    answer_tokens: int = Field(default=256, ge=1)
+    speed_batch: int = Field(default=32, ge=1)
+    speed_tokens: int = Field(default=64, ge=1)
+    """tokens/s is measured over this many greedy tokens of each of speed_batch requests, end of text ignored.
+    """
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    cache_teacher: bool = True
+    """Keep the teacher's evaluation, by teacher, dataset and engine version."""
+
+
+class PublishConfig(Section):
+    """Where a student that passed its gates goes."""
+
+    name: str
+    """Model name in the registry."""
+    tracking_uri: str = "sqlite:///runs/registry.db"
+    """MLflow tracking URI: a server's, or sqlite:///FILE (artifacts then lie beside the file)."""
+    artifact_root: Path | None = None
+    """Folder of the artifacts for a SQLite tracking URI; default: `artifacts` beside the database."""
+    alias: str | None = "challenger"
+    """Alias to set on the new version; None sets none."""
+    description: str = ""
+
+
+class DistillConfig(StrictConfig):
+    """A whole distillation job."""
+
+    workdir: Path
+    """Folder of this job. The log window is fixed at its first start, so a later job takes another folder."""
+    cache_dir: Path = Path("runs/cache")
+    """Shared between jobs: the teacher's evaluation."""
+    ray: str = "auto"
+    """Ray address: auto (the running cluster, else a local one), local (always one of its own), or an
+    address.
+    """
+    teacher: str
+    """HF id or checkpoint folder of the teacher."""
+    student: str
+    """HF id or checkpoint folder that training starts from (with train.shape: what to call the new model)."""
+    collect: CollectConfig
+    teach: TeachConfig = Field(default_factory=TeachConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    evaluate: EvaluateConfig
+    gates: tuple[Gate, ...] = ()
+    """What must hold before a model is published; with none, nothing passes (no data never passes)."""
+    publish: PublishConfig

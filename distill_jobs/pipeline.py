@@ -1,0 +1,190 @@
+"""The distillation pipeline on one screen: collect → teach → train → quantize → evaluate → gate → publish.
+
+Each stage works in `<workdir>/<stage>-<key>/` and writes its manifest last; a finished stage is skipped, an
+interrupted one goes on from its last unit of work. Knows the order of the stages, and nothing of their
+insides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from contracts.config import dump_resolved
+from contracts.dataset import Manifest
+from contracts.errors import ConfigError
+from contracts.gates import GateReport
+from distill_jobs import collect, evaluate, gate, publish, quantize, teach, train
+from distill_jobs.collecting.window import Segment, pin_window
+from distill_jobs.config import DistillConfig
+from distill_jobs.keys import key_config, model_digest, model_folder
+from distill_jobs.plugins import pin_dataset
+from distill_jobs.progress import Listener, Progress
+from distill_jobs.stage import ORDER, Job, Work, locked, read_manifest
+from registry.digest import digest_file
+from registry.store import Registry
+
+PARENTS: dict[str, tuple[str, ...]] = {
+    "collect": (),
+    "teach": ("collect",),
+    "train": ("teach",),
+    "quantize": ("train", "collect"),
+    "evaluate": ("train", "quantize"),
+    "publish": ("quantize", "evaluate"),
+}
+"""Whose outputs a stage reads; the gate stands between evaluate and publish."""
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What a job made. `ref` is None when only some stages were run."""
+
+    ref: str | None
+    manifests: dict[str, Manifest]
+    gates: GateReport | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads, fixed when it first starts: log window, evaluation requests, teacher."""
+
+    window: list[Segment]
+    dataset: Path
+    dataset_digest: str
+    teacher: Path
+    teacher_digest: str
+
+
+def run_pipeline(
+    config: DistillConfig,
+    *,
+    only: str | None = None,
+    override_gate: str | None = None,
+    listener: Listener | None = None,
+    say: Callable[[str], None] = print,
+    registry: Registry | None = None,
+    trainer: train.Trainer | None = None,
+) -> PipelineResult:
+    """Run a job to its end, or go on with one that was interrupted. `only` runs one stage over finished ones.
+
+    Raises: GateError when the student is not good enough; ConflictError when the workdir is in use.
+    """
+    if only is not None and only not in ORDER:
+        raise ConfigError(f"There is no stage {only!r}. Stages: {', '.join(ORDER)}.")
+    with locked(config.workdir):
+        dump_resolved(config, config.workdir / "config.json")
+        job = Job(config.workdir, Progress(config.workdir / "progress.json", listener), only)
+        try:
+            return _stages(config, job, pin_inputs(config), override_gate, say, registry, trainer)
+        except BaseException as err:
+            job.progress.end("stopped" if isinstance(err, KeyboardInterrupt) else "failed")
+            raise
+
+
+def _stages(
+    config: DistillConfig,
+    job: Job,
+    inputs: Inputs,
+    override_gate: str | None,
+    say: Callable[[str], None],
+    registry: Registry | None,
+    trainer: train.Trainer | None,
+) -> PipelineResult:
+    done: dict[str, Manifest] = {}
+    at, told = job.workdir, job.progress
+    report: GateReport | None = None
+
+    def splits() -> dict[str, Path]:
+        return {name: done["collect"].output(name) for name in done["collect"].outputs}
+
+    work: dict[str, Work] = {
+        "collect": lambda at: collect.run(
+            config.collect, inputs.window, [inputs.dataset], at, told, config.ray
+        ),
+        "teach": lambda at: teach.run(
+            config.teach,
+            config.evaluate.engine,
+            inputs.teacher,
+            inputs.teacher_digest,
+            splits(),
+            at,
+            told,
+            say,
+        ),
+        "train": lambda at: train.run(
+            config.train, done["teach"].output("train"), config.student, at, told, config.ray, trainer
+        ),
+        "quantize": lambda at: quantize.run(
+            config.quantize, done["train"].output("student"), splits(), at, told
+        ),
+        "evaluate": lambda at: evaluate.run(config.evaluate, _subjects(config, inputs, done), at, told),
+        "publish": lambda at: publish.run(
+            config, inputs.teacher_digest, done, report, registry or publish.open_registry(config.publish), at
+        ),
+    }
+    for name in ORDER:
+        if name == "publish":
+            report = gate.check(config.gates, done["evaluate"].metrics, at / "gates.json", override_gate)
+        parents = {parent: done[parent] for parent in PARENTS[name]}
+        done[name] = job.stage(name, settings(config, inputs, name), parents, work[name])
+        if name == job.only:
+            break
+    return PipelineResult(done["publish"].notes["ref"] if "publish" in done else None, done, report)
+
+
+def pin_inputs(config: DistillConfig) -> Inputs:
+    """The job's inputs; the log window and generated evaluation requests are written to the workdir once."""
+    dataset, dataset_digest = pin_dataset(config.evaluate, config.workdir)
+    teacher = model_folder(config.teacher)
+    window = pin_window(config.collect.log_dir, config.workdir / "window.json")
+    return Inputs(window, dataset, dataset_digest, teacher, model_digest(config.teacher))
+
+
+def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, object]:
+    """A stage's resolved configuration: its section, and the digests of what it reads beside its parents."""
+    if name == "train":
+        return train.train_key(config.train, config.student)
+    own: dict[str, object] = {}
+    if name == "collect":
+        own["window"] = [s.digest for s in inputs.window]
+        own["held_out"] = [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
+    elif name == "publish":
+        own["gates"] = [g.model_dump(mode="json") for g in config.gates]
+    elif name in ("teach", "evaluate"):
+        own["teacher"] = inputs.teacher_digest
+    if name == "evaluate":
+        own["dataset_digest"] = inputs.dataset_digest
+    return key_config(getattr(config, name)) | own
+
+
+def _subjects(config: DistillConfig, inputs: Inputs, done: dict[str, Manifest]) -> evaluate.Subjects:
+    return evaluate.Subjects(
+        teacher=inputs.teacher,
+        teacher_digest=inputs.teacher_digest,
+        student=done["train"].output("student"),
+        quantized=done["quantize"].output("artifact"),
+        dataset=inputs.dataset,
+        dataset_digest=inputs.dataset_digest,
+        cache_dir=config.cache_dir,
+    )
+
+
+def plan(config: DistillConfig) -> list[tuple[str, str, str]]:
+    """(stage, state, folder) of each stage, without doing any: what `--dry-run` prints."""
+    inputs = pin_inputs(config)
+    job = Job(config.workdir, Progress(config.workdir / "progress.json"))
+    done: dict[str, Manifest] = {}
+    rows = []
+    for name in ORDER:
+        if any(p not in done for p in PARENTS[name]):
+            rows.append((name, "waits", "for " + ", ".join(p for p in PARENTS[name] if p not in done)))
+            continue
+        folder = job.folder(name, settings(config, inputs, name), {p: done[p] for p in PARENTS[name]})
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            done[name] = manifest
+        rows.append(
+            (name, "finished" if manifest else "started" if folder.is_dir() else "to do", str(folder))
+        )
+    return rows

@@ -1,0 +1,85 @@
+"""Functions named in configuration as "module:function": graders and dataset generators.
+
+The door by which a user's code comes in; nothing here imports any of it by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contracts.config import canonical_json, write_atomic
+from contracts.errors import ConfigError, DataError
+from distill_jobs.config import EvaluateConfig
+from distill_jobs.keys import sha256_of
+from registry.digest import digest_file
+
+Grader = Callable[[dict[str, Any], str], "bool | None"]
+
+
+def load_function(name: str, field: str) -> Callable[..., Any]:
+    """Import "module:function". Raises: ConfigError naming the configuration field."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(f"{field}: {name!r} is not 'module:function'.")
+    if os.getcwd() not in sys.path:
+        # Users keep their grader beside their configuration; console scripts don't look in the current
+        # folder.
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as err:
+        raise ConfigError(f"{field}: {name!r} cannot be imported ({err}).") from err
+    if not callable(function):
+        raise ConfigError(f"{field}: {name!r} is not a function.")
+    return function  # type: ignore[no-any-return]
+
+
+def pin_dataset(config: EvaluateConfig, workdir: Path) -> tuple[Path, str]:
+    """The evaluation requests as a JSONL file, and its digest; a function's rows are written to the workdir
+    once.
+    """
+    source = Path(config.dataset)
+    if ":" not in config.dataset:
+        if not source.is_file():
+            raise ConfigError(f"evaluate.dataset: there is no file {source}.")
+        return source.resolve(), digest_file(source)
+    wanted = sha256_of([config.dataset, config.dataset_args, config.samples])[:12]
+    file = workdir / f"evaluation-{wanted}.jsonl"
+    if not file.is_file():
+        function = load_function(config.dataset, "evaluate.dataset")
+        rows = [
+            _as_row(r) for _, r in zip(range(config.samples), function(**config.dataset_args), strict=False)
+        ]
+        write_atomic(file, "".join(canonical_json(r) + "\n" for r in rows))
+    return file.resolve(), digest_file(file)
+
+
+def read_requests(file: Path, limit: int) -> list[dict[str, Any]]:
+    """The first `limit` requests of a dataset file."""
+    requests = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if len(requests) == limit:
+            break
+        if line.strip():
+            try:
+                requests.append(_as_row(json.loads(line))["request"])
+            except json.JSONDecodeError as err:
+                raise DataError(f"{file}:{number}: is not JSON ({err}).") from err
+    if not requests:
+        raise DataError(f"{file} holds no requests to evaluate on.")
+    return requests
+
+
+def _as_row(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"An evaluation row must be a mapping, not {type(row).__name__}.")
+    body = row.get("request", row)
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
+        raise DataError('An evaluation row must be {"request": {"messages": [...], ...}}.')
+    return {"request": body}

@@ -1,0 +1,102 @@
+"""What a training run may be told. Importable without torch; knows nothing of Ray or of where data comes
+from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from contracts.config import StrictConfig
+
+
+class ShapeConfig(StrictConfig):
+    """A Qwen3-shaped model to start from scratch, when there is no checkpoint to start from."""
+
+    vocab_size: int = Field(
+        default=2048, ge=8, description="Rows of the embedding, at least the tokenizer's length."
+    )
+    hidden_size: int = Field(default=256, ge=8, description="Width of the residual stream.")
+    layers: int = Field(default=2, ge=1, description="Number of decoder blocks.")
+    heads: int = Field(default=4, ge=1, description="Query heads; a multiple of kv_heads.")
+    kv_heads: int = Field(default=2, ge=1, description="Key and value heads.")
+    head_dim: int = Field(default=64, ge=8, description="Width of a head.")
+    intermediate_size: int = Field(default=768, ge=8, description="Width of the gated MLP.")
+    max_positions: int = Field(
+        default=1024, ge=16, description="Longest sequence the model may be served with."
+    )
+    tokenizer: str = Field(description="HF id or folder of the tokenizer that goes with the model.")
+
+
+class OptimizerConfig(StrictConfig):
+    """Optimizer and schedule."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: Muon for matrices, AdamW for the rest."
+    )
+    lr: float = Field(
+        default=1e-3, gt=0, description="Peak learning rate (Muon's update is matched to AdamW's RMS)."
+    )
+    weight_decay: float = Field(default=0.05, ge=0, description="Decoupled; not on norms and biases.")
+    beta2: float = Field(default=0.95, gt=0, lt=1, description="AdamW's second-moment decay.")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the steps over which the rate rises."
+    )
+    decay: float = Field(
+        default=0.6, ge=0, le=1, description="Last share of the steps over which the rate falls to 0."
+    )
+    clip: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
+
+
+class LossConfig(StrictConfig):
+    """What is minimised: kd_weight * T^2 * KL(teacher || student) + hard_weight * cross entropy, per valid
+    token."""
+
+    temperature: float = Field(default=1.0, gt=0, description="T, on both sides of the divergence.")
+    kd_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the divergence; 0 needs no teacher logits."
+    )
+    hard_weight: float = Field(
+        default=0.5, ge=0, description="Weight of the cross entropy with the teacher's text."
+    )
+    prompt_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the cross entropy of the prompt's tokens."
+    )
+    chunk: int = Field(default=1024, ge=1, description="Token rows whose logits exist at a time.")
+
+
+class TrainConfig(StrictConfig):
+    """One training run."""
+
+    name: str = Field(default="train", description="Run name; the same name and folder resume the run.")
+    seed: int = Field(default=0, description="Seeds the order of the data and a from-scratch model.")
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the data; may be a fraction.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Stop earlier, after so many optimizer steps."
+    )
+    batch_rows: int = Field(default=64, ge=1, description="Samples per optimizer step, over all workers.")
+    micro_tokens: int = Field(
+        default=8192, ge=16, description="Padded tokens in one forward pass of one worker."
+    )
+    bucket_window: int = Field(
+        default=1, ge=1, description="Steps whose samples are sorted by length together."
+    )
+    max_length: int = Field(default=1024, ge=8, description="Longer samples are refused.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="Weights in compute; masters are fp32."
+    )
+    shape: ShapeConfig | None = Field(
+        default=None, description="From scratch: the model to make; base_model is unused."
+    )
+    compile: bool = Field(
+        default=False, description="Compile each decoder block: twice the speed after half a minute."
+    )
+    workers: int = Field(default=1, ge=1, description="Ray Train workers.")
+    threads: int = Field(default=1, ge=1, description="Intra-op threads of each worker.")
+    use_gpu: bool = Field(default=False, description="One GPU a worker.")
+    cpus_per_worker: float = Field(default=1.0, gt=0, description="Ray CPUs that each worker reserves.")
+    checkpoint_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints.")
+    log_steps: int = Field(default=10, ge=1, description="Optimizer steps between progress reports.")
+    max_failures: int = Field(default=3, ge=0, description="Worker failures that Ray Train may recover from.")

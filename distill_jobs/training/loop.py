@@ -1,0 +1,205 @@
+"""The plain torch training loop: accumulate, sum over workers, step, report, checkpoint, resume.
+
+It knows nothing of Ray: workers are a rank, a world size and a function that sums tensors over workers.
+Everything is divided by the number of valid tokens of the whole step, so neither accumulation nor the number
+of workers changes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contracts.errors import TrainingError
+from distill_jobs.training.config import LossConfig, TrainConfig
+from distill_jobs.training.data import MicroBatch, Order, Rows, split_for_worker
+from distill_jobs.training.losses import LossWeights, SparseTeacher, linear_divergence
+from distill_jobs.training.optim import MasterOptimizer, schedule
+
+STATE = "state.pt"
+
+
+def _nothing(_: Tensor) -> None:
+    """Summing over a single worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """This worker among its equals; `add` sums a tensor over all of them in place."""
+
+    rank: int = 0
+    world: int = 1
+    add: Callable[[Tensor], None] = _nothing
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run is; all that resuming needs besides the weights, because the data's order is a function
+    of it."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A run in progress."""
+
+    model: nn.Module
+    rows: Rows
+    config: TrainConfig
+    workers: Workers = field(default_factory=Workers)
+    position: Position = field(default_factory=Position)
+    optimizer: MasterOptimizer = field(init=False)
+    order: Order = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = MasterOptimizer(self.model, self.config.optimizer)
+        self.model.to(getattr(torch, self.config.dtype))
+        self.optimizer.named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.order = Order(
+            self.rows.lengths, self.config.seed, self.config.batch_rows, self.config.bucket_window
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        planned = max(1, round(self.config.epochs * self.order.steps_per_epoch))
+        return min(planned, self.config.max_steps or planned)
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train from the current position to the end; yields the metrics of every step."""
+        self.model.train()
+        device = next(self.model.parameters()).device
+        for step, indices in self.order.steps(self.position.step, self.steps):
+            started = time.monotonic()
+            metrics = self._step(step, indices, device)
+            self.position.step = step + 1
+            self.position.tokens += int(self.rows.lengths[indices].sum())
+            self.position.seconds += time.monotonic() - started
+            yield {
+                "step": step + 1,
+                "steps": self.steps,
+                "tokens": self.position.tokens,
+                "seconds": self.position.seconds,
+                "epoch": (step + 1) / self.order.steps_per_epoch,
+                **metrics,
+            }
+
+    def _step(self, step: int, indices: Any, device: torch.device) -> dict[str, float]:
+        micro = split_for_worker(
+            indices, self.rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens
+        )
+        answers = int((self.rows.lengths - self.rows.prompt_len)[indices].sum())
+        prompts = int((self.rows.prompt_len[indices] - 1).sum())
+        sums = torch.zeros(2, device=device)
+        for one in micro:
+            batch = self.rows.micro_batch(one, with_prompt=self.config.loss.prompt_weight > 0).to(device)
+            loss, parts = batch_loss(self.model, batch, self.config.loss, answers, prompts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums += parts.float()
+        self._sum_gradients()
+        self.workers.add(sums)
+        if not torch.isfinite(sums).all():
+            raise TrainingError(f"the loss is not finite at step {step}; lower optimizer.lr.")
+        factor = schedule(step, self.steps, self.config.optimizer)
+        norm = self.optimizer.step(factor)
+        return {
+            "kd": float(sums[0]),
+            "ce": float(sums[1]),
+            "grad_norm": norm,
+            "lr": self.config.optimizer.lr * factor,
+        }
+
+    def _sum_gradients(self) -> None:
+        """One flat fp32 sum over the workers; a worker without rows takes part with zeros."""
+        if self.workers.world == 1:
+            return
+        parameters = [p for _, p in self.optimizer.named]
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters]
+        )
+        self.workers.add(flat)
+        for parameter, part in zip(
+            parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write the run's state: a temporary folder first, then one rename."""
+        with writing(folder) as temporary:
+            torch.save(
+                {
+                    "position": [self.position.step, self.position.tokens, self.position.seconds],
+                    "optimizer": self.optimizer.state_dict(),
+                    "rng": torch.get_rng_state(),
+                },
+                temporary / STATE,
+            )
+
+    def load(self, folder: Path) -> None:
+        """Continue from a state that `save` wrote."""
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        self.position = Position(*state["position"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+
+
+class writing:
+    """A folder that appears whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.temporary.rename(self.folder)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def batch_loss(
+    model: Any, batch: MicroBatch, loss: LossConfig, answers: int, prompts: int
+) -> tuple[Tensor, Tensor]:
+    """The micro-batch's share of the step's loss, and [KL, CE]; `answers`, `prompts` count the whole step's
+    tokens."""
+    body, head = model.get_decoder(), model.get_output_embeddings().weight
+    hidden = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state[batch.rows, batch.columns]
+    counted = ~batch.in_prompt
+    teacher = None
+    if batch.topk_ids is not None and batch.topk_logprobs is not None and loss.kd_weight:
+        teacher = SparseTeacher(batch.topk_ids[counted], batch.topk_logprobs[counted])
+    weights = LossWeights(kd=loss.kd_weight, hard=loss.hard_weight, temperature=loss.temperature)
+    scale = torch.full((int(counted.sum()),), 1.0 / answers, device=hidden.device)
+    total, parts = linear_divergence(
+        hidden[counted], head, batch.labels[counted], teacher, weights, scale, loss.chunk
+    )
+    if loss.prompt_weight and bool(batch.in_prompt.any()):
+        scale = torch.full((int(batch.in_prompt.sum()),), 1.0 / prompts, device=hidden.device)
+        extra, _ = linear_divergence(
+            hidden[batch.in_prompt],
+            head,
+            batch.labels[batch.in_prompt],
+            None,
+            LossWeights(kd=0.0, hard=loss.prompt_weight),
+            scale,
+            loss.chunk,
+        )
+        total = total + extra
+    return total, parts

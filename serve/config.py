@@ -1,0 +1,207 @@
+"""The stack's configuration: one YAML file that says what `stillhouse up` starts.
+
+Importable in a fraction of a second, without ray, vllm or torch. Knows how the parts are named and where they
+keep their files; knows nothing about how they are started (serve.app).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from contracts.config import StrictConfig, load_config
+from contracts.errors import ConfigError
+from contracts.traffic import NAME, Upstream
+from serve.engine.config import EngineOptions
+from serve.rollout.policy import RolloutPolicy
+from serve.router.config import RequestLogConfig, RouterConfig
+
+CONFIG_ENV = "STILLHOUSE_CONFIG"
+SEARCHED = ("stillhouse.yaml", "configs/stillhouse.yaml")
+
+
+class HttpSection(StrictConfig):
+    """Where clients connect."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class RaySection(StrictConfig):
+    """The Ray that runs everything. One of our own by default, an existing cluster by `address`."""
+
+    address: str | None = None
+    """e.g. 'auto' or '10.0.0.5:6379' to join a running cluster instead of starting one."""
+    num_cpus: int = Field(default=16, ge=1)
+    """Logical CPUs of our own Ray: a weight that engines, routers and training share, not cores."""
+    num_gpus: int | None = Field(default=None, ge=0)
+    """GPUs of our own Ray; None: those it finds."""
+    object_store_mb: int = Field(default=256, ge=80)
+    temp_dir: Path | None = None
+    """Short folder for Ray's sockets; default /tmp/sh-<digest of run_dir> (socket paths end at 107 bytes)."""
+    haproxy: bool = True
+    """HAProxy in front of the routers instead of Ray's own proxy: a tenth of the latency."""
+
+
+class EngineSection(EngineOptions):
+    """An engine that the stack itself runs."""
+
+    model: str = Field(min_length=1)
+    """Folder of a checkpoint, or a Hugging Face id."""
+
+
+class UpstreamSection(StrictConfig):
+    """A declared upstream: an engine of ours, or any OpenAI-compatible URL. Exactly one of the two."""
+
+    engine: EngineSection | None = None
+    url: str | None = None
+    """e.g. https://api.example.com/v1"""
+    model: str | None = None
+    """Model name the upstream expects; needed with a url, defaults to the upstream's name with an engine."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key for the url."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> UpstreamSection:
+        if (self.engine is None) == (self.url is None):
+            raise ValueError("give exactly one of 'engine' (we run it) and 'url' (somebody else does)")
+        if self.url is not None and self.model is None:
+            raise ValueError("'url' needs 'model': the model name to send there")
+        return self
+
+
+class RouterSection(RouterConfig):
+    """The routers: everything of RouterConfig, and how many."""
+
+    state_url: str = ""
+    """Leave it out: the stack's own state_url is used."""
+    replicas: int = Field(default=2, ge=1)
+    """Router processes."""
+    num_cpus: float = Field(default=0.1, ge=0)
+    """What Ray reserves for each."""
+
+    @field_validator("state_url")
+    @classmethod
+    def _not_here(cls, value: str) -> str:
+        if value:
+            raise ValueError("set state_url at the top level of the file; the router uses that one")
+        return value
+
+
+class ServeConfig(StrictConfig):
+    """Everything `stillhouse up` needs."""
+
+    run_dir: Path = Path("runs/stack")
+    """Folder of this stack: state, logs, request log. One running stack a folder."""
+    state_url: str = ""
+    """SQLAlchemy URL of the state store; default: SQLite in run_dir."""
+    registry_uri: str = ""
+    """MLflow tracking URI; default: SQLite in run_dir."""
+    http: HttpSection = HttpSection()
+    ray: RaySection = RaySection()
+    router: RouterSection = RouterSection()
+    upstreams: dict[str, UpstreamSection]
+    """Upstream name → what it is. Usually at least the teacher."""
+    routes: dict[str, str]
+    """Route (the model name clients ask for) → the upstream that answers before any rollout."""
+    policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
+    """Rollout policies by name; 'default' is used when none is named."""
+    students: EngineOptions = EngineOptions()
+    """Engine options of the students that rollouts deploy."""
+    start_timeout_s: float = Field(default=900.0, gt=0)
+    """`up` gives up when the stack did not answer after this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        run_dir = Path(data.get("run_dir") or "runs/stack").expanduser().resolve()
+        defaults = {
+            "state_url": f"sqlite:///{run_dir}/state.db",
+            "registry_uri": f"sqlite:///{run_dir}/registry/mlflow.db",
+        }
+        return {**data, "run_dir": run_dir, **{k: data.get(k) or v for k, v in defaults.items()}}
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> ServeConfig:
+        if not self.upstreams or not self.routes:
+            raise ValueError("give at least one entry in 'upstreams' and one in 'routes'")
+        for route, upstream in self.routes.items():
+            if upstream not in self.upstreams:
+                known = ", ".join(sorted(self.upstreams))
+                raise ValueError(f"routes.{route}: there is no upstream {upstream!r}; there are: {known}")
+        return self
+
+    @field_validator("upstreams", "routes")
+    @classmethod
+    def _are_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        import re
+
+        wrong = [name for name in value if not re.match(NAME, name)]
+        if wrong:
+            raise ValueError(f"names are letters, digits, '.', '_' and '-'; not {', '.join(wrong)}")
+        return value
+
+    def upstream(self, name: str) -> Upstream:
+        """The declared upstream as the rest of the system says it."""
+        section = self.upstreams[name]
+        if section.url is not None:
+            return Upstream(
+                name=name, model=section.model or name, url=section.url, api_key_env=section.api_key_env
+            )
+        return Upstream(name=name, model=section.model or name, app=f"upstream-{name}")
+
+    def upstream_nouns(self) -> list[Upstream]:
+        """All declared upstreams."""
+        return [self.upstream(name) for name in self.upstreams]
+
+    def router_config(self) -> RouterConfig:
+        """What every router replica reads, with the stack's own places filled in."""
+        fields = {name: getattr(self.router, name) for name in RouterConfig.model_fields}
+        fields["state_url"] = self.state_url
+        fields["routes"] = self.router.routes or tuple(self.routes)
+        fields["log"] = self.router.log or RequestLogConfig(dir=str(self.run_dir / "requests"))
+        return RouterConfig(**fields)
+
+    @property
+    def log_dir(self) -> Path:
+        """Logs of engines and of the supervisor."""
+        return self.run_dir / "logs"
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Where router replicas and the controller of this host count together."""
+        return self.run_dir / "metrics"
+
+    @property
+    def ray_dir(self) -> Path:
+        """Ray's sockets and session logs."""
+        digest = hashlib.sha256(str(self.run_dir).encode()).hexdigest()[:8]
+        return self.ray.temp_dir or Path("/tmp") / f"sh-{digest}"
+
+
+def find_config(path: str | Path | None = None) -> Path:
+    """The file to read: the argument, $STILLHOUSE_CONFIG, ./stillhouse.yaml, ./configs/stillhouse.yaml.
+
+    Raises: ConfigError saying where it looked.
+    """
+    named = path or os.environ.get(CONFIG_ENV)
+    if named:
+        return Path(named)
+    for candidate in SEARCHED:
+        if Path(candidate).is_file():
+            return Path(candidate)
+    raise ConfigError(
+        f"no configuration: looked for {' and '.join(SEARCHED)} in {Path.cwd()}. "
+        f"Give one with --config FILE or {CONFIG_ENV}=FILE."
+    )
+
+
+def load_serve_config(path: str | Path | None = None) -> ServeConfig:
+    """Find, read and check the stack's configuration. Raises: ConfigError naming the field and the fix."""
+    return load_config(find_config(path), ServeConfig)

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests, and the order in which the expensive ones run.
+
+The stack (Ray, vLLM, router, controller) is started once a session, by the first test that asks for it; tests
+that use it run together and after the others, and before the demo, which brings a stack of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cheap tests first, then those that share the stack, then the demo."""
+    items.sort(key=_cost)
+
+
+def _cost(item: pytest.Item) -> int:
+    if item.get_closest_marker("e2e"):
+        return 2
+    return 1 if "stack" in getattr(item, "fixturenames", ()) else 0
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A running stack with a tiny random teacher; see tests/integration/stack_rig.py."""
+    from tests.integration.stack_rig import LiveStack
+
+    live = LiveStack(tmp_path_factory.mktemp("stack"))
+    try:
+        live.up()
+        yield live
+    finally:
+        live.down()
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> Path:
+    """A real Prometheus server's program."""
+    from tests.tools import debian_binary
+
+    return debian_binary("prometheus", "prometheus")

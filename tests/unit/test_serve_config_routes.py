@@ -1,0 +1,100 @@
+"""What `up` does to the routes: first start, restart, a changed file, a reset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contracts.config import parse_config
+from contracts.errors import StateError
+from contracts.rollout import MetricKind, MetricSpec, RolloutSpec, RolloutStatus, Step
+from contracts.traffic import Split, Upstream
+from serve.app import students_in_use, write_routes
+from serve.config import ServeConfig
+from serve.state.rollouts import RolloutState
+from serve.state.tables import open_state
+from serve.state.traffic import TrafficState
+
+STUDENT = Upstream(name="s-v1", model="s-v1", app="s-v1", digest="d")
+
+
+def config_for(folder: Path, **teacher: Any) -> ServeConfig:
+    """A stack with one route to a teacher."""
+    data = {"run_dir": str(folder), "upstreams": {"teacher": teacher or {"engine": {"model": "m"}}}}
+    return parse_config({**data, "routes": {"support": "teacher"}}, ServeConfig)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[TrafficState, RolloutState]:
+    """The state of a fresh run folder."""
+    engine = open_state(config_for(tmp_path).state_url)
+    return TrafficState(engine), RolloutState(engine)
+
+
+def promoted(traffic: TrafficState) -> Split:
+    """The route after a student took it over."""
+    before = traffic.get_split("support")
+    assert before is not None
+    after = before.model_copy(update={"version": before.version + 1, "stable": STUDENT})
+    traffic.put_split(after)
+    return after
+
+
+def test_first_start_writes_version_1(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
+    """Every configured route answers from its configured upstream."""
+    write_routes(config_for(tmp_path), stores[0])
+    split = stores[0].get_split("support")
+    assert split is not None
+    assert (split.version, split.stable.app, split.weight) == (1, "upstream-teacher", 0.0)
+
+
+def test_restart_keeps_a_promoted_student(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
+    """A restart is not a rollback."""
+    write_routes(config_for(tmp_path), stores[0])
+    after = promoted(stores[0])
+    write_routes(config_for(tmp_path), stores[0])
+    assert stores[0].get_split("support") == after
+
+
+def test_a_changed_upstream_is_taken_over(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
+    """The file is the truth about declared upstreams."""
+    write_routes(config_for(tmp_path), stores[0])
+    write_routes(config_for(tmp_path, url="http://127.0.0.1:9", model="big"), stores[0])
+    split = stores[0].get_split("support")
+    assert split is not None
+    assert (split.version, split.stable.url, split.stable.model) == (2, "http://127.0.0.1:9", "big")
+
+
+def test_reset_goes_back_to_the_file(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
+    """`up --reset-routes` is the way out when a student's artifact is gone."""
+    write_routes(config_for(tmp_path), stores[0])
+    promoted(stores[0])
+    write_routes(config_for(tmp_path), stores[0], reset=True)
+    split = stores[0].get_split("support")
+    assert split is not None
+    assert (split.version, split.stable.name, split.canary) == (3, "teacher", None)
+
+
+def test_students_of_splits_are_redeployed(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
+    """A split names an application, its rollout knows the artifact; without one the error says what to do."""
+    traffic, rollouts = stores
+    config = config_for(tmp_path)
+    write_routes(config, traffic)
+    assert students_in_use(config, traffic, rollouts) == {}
+    promoted(traffic)
+    with pytest.raises(StateError, match="--reset-routes"):
+        students_in_use(config, traffic, rollouts)
+    spec = RolloutSpec(
+        id="r1",
+        route="support",
+        model_ref="s:1",
+        candidate=STUDENT,
+        artifact_uri="/models/s",
+        steps=(Step(weight=0.5),),
+        metrics=(MetricSpec(kind=MetricKind.ERRORS, margin=0.1),),
+        created_at=0.0,
+    )
+    rollouts.create(spec, RolloutStatus(id="r1"))
+    assert students_in_use(config, traffic, rollouts) == {"s-v1": (STUDENT, "/models/s")}

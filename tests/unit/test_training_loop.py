@@ -1,0 +1,237 @@
+"""The plain loop: neither accumulation, padding nor the number of workers changes a step, and a resumed run
+is the run."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from contracts.errors import DataError
+from distill_jobs.training.attention import register
+from distill_jobs.training.config import LossConfig, OptimizerConfig, TrainConfig
+from distill_jobs.training.data import Order, Rows, split_for_worker
+from distill_jobs.training.loop import Trainer, Workers, writing
+from distill_jobs.training.optim import schedule
+
+K, VOCAB = 4, 40
+
+
+def write_rows(folder: Path, count: int = 24, seed: int = 3) -> Path:
+    """Random rows in the teach stage's format, lengths 4 to 20, over two parts."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(2):
+        lengths = rng.integers(4, 21, count // 2)
+        prompts = np.array([rng.integers(1, n - 1) for n in lengths])
+        answers = lengths - prompts
+        kept = [np.stack([rng.permutation(VOCAB)[:K] for _ in range(n)]) for n in answers]
+        logprobs = [np.log(rng.dirichlet(np.ones(K + 1), n)[:, :K]) for n in answers]
+        pq.write_table(
+            pa.table(
+                {
+                    "sample_digest": [f"{part}-{i}" for i in range(len(lengths))],
+                    "input_ids": pa.array(
+                        [rng.integers(0, VOCAB, n).tolist() for n in lengths], pa.list_(pa.int32())
+                    ),
+                    "prompt_len": pa.array(prompts, pa.int32()),
+                    "topk_ids": pa.array([one.reshape(-1).tolist() for one in kept], pa.list_(pa.int32())),
+                    "topk_logprobs": pa.array(
+                        [one.reshape(-1).astype(np.float16) for one in logprobs], pa.list_(pa.float16())
+                    ),
+                }
+            ),
+            folder / f"part-{part:05d}.parquet",
+        )
+    return folder
+
+
+def tiny_model() -> Qwen3ForCausalLM:
+    """A two-block model of a few thousand parameters, the same at every call."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            num_hidden_layers=2,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+        )
+    )
+    model.set_attn_implementation(register())
+    return model
+
+
+def config(**changes: object) -> TrainConfig:
+    base = {
+        "dtype": "float32",
+        "batch_rows": 8,
+        "epochs": 2,
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "loss": LossConfig(kd_weight=0.8, hard_weight=0.3, temperature=2.0),
+    }
+    return TrainConfig.model_validate({**base, **changes})
+
+
+def trained(folder: Path, **changes: object) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    one = config(**changes)
+    trainer = Trainer(tiny_model(), Rows(folder, 64, one.loss.kd_weight > 0), one)
+    history = list(trainer.run())
+    return trainer.model.state_dict(), history
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.mark.parametrize("micro_tokens", [16, 45, 100])
+def test_accumulation_does_not_change_training(folder: Path, micro_tokens: int) -> None:
+    """Six steps in micro-batches of any size (and so any padding) end in the same weights and losses."""
+    whole, history = trained(folder)
+    split, again = trained(folder, micro_tokens=micro_tokens)
+    assert [h["kd"] for h in again] == pytest.approx([h["kd"] for h in history], rel=1e-4)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(split[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_two_workers_train_the_same_model_as_one(folder: Path) -> None:
+    """Workers with unequal shares of the tokens, summed, take the step of a single worker."""
+    alone, history = trained(folder)
+    barrier, slots, result = threading.Barrier(2), [None, None], {}
+
+    def run(rank: int) -> None:
+        def add(tensor: Tensor) -> None:
+            slots[rank] = tensor.clone()  # type: ignore[call-overload]
+            barrier.wait()
+            total = slots[0] + slots[1]  # type: ignore[operator]
+            barrier.wait()
+            tensor.copy_(total)
+
+        trainer = Trainer(models[rank], Rows(folder, 64, True), config(), Workers(rank, 2, add))
+        result[rank] = (list(trainer.run()), trainer.model.state_dict())
+
+    models = [tiny_model(), tiny_model()]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    for rank in range(2):
+        assert [h["ce"] for h in result[rank][0]] == pytest.approx([h["ce"] for h in history], rel=1e-4)
+        for name, tensor in alone.items():
+            torch.testing.assert_close(result[rank][1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_resumed_run_ends_in_the_same_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Stopped after step 4 and continued by a new trainer, the run equals one that was never stopped."""
+    one = config(optimizer=OptimizerConfig(kind=kind, lr=1e-2))
+    straight = Trainer(tiny_model(), Rows(folder, 64, True), one)
+    history = list(straight.run())
+    first = Trainer(tiny_model(), Rows(folder, 64, True), one)
+    for metrics in first.run():
+        if metrics["step"] == 4:
+            break
+    first.save(tmp_path / "state")
+    second = Trainer(tiny_model(), Rows(folder, 64, True), one)
+    second.load(tmp_path / "state")
+    rest = list(second.run())
+    assert [h["step"] for h in rest] == [5, 6]
+    assert [h["kd"] for h in rest] == pytest.approx([h["kd"] for h in history[4:]], rel=1e-6)
+    for name, tensor in straight.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def test_training_lowers_both_losses(folder: Path) -> None:
+    """Memorising 24 rows works: the divergence falls by a quarter alone, the cross entropy by half alone."""
+    _, soft = trained(folder, epochs=25, loss=LossConfig(kd_weight=1.0, hard_weight=0.0))
+    assert soft[-1]["kd"] < soft[0]["kd"] * 0.75
+    _, hard = trained(folder, epochs=25, loss=LossConfig(kd_weight=0.0, hard_weight=1.0))
+    assert hard[-1]["ce"] < hard[0]["ce"] / 2
+    assert hard[-1]["kd"] == 0.0
+
+
+def test_the_loss_is_that_of_the_unpadded_rows(folder: Path) -> None:
+    """The reported cross entropy is the mean over answer tokens of rows run one at a time through the
+    model's own forward."""
+    rows, model = Rows(folder, 64, True), tiny_model()
+    indices = next(iter(Order(rows.lengths, 0, 8, 1).steps(0, 1)))[1]
+    total, count = 0.0, 0
+    for index in indices:
+        ids = torch.from_numpy(rows.input_ids[index].astype(np.int64))[None]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(input_ids=ids).logits[0].double(), -1)
+        first = int(rows.prompt_len[index])
+        for place in range(first, ids.shape[1]):
+            total -= float(logprobs[place - 1, ids[0, place]])
+            count += 1
+    metrics = next(iter(Trainer(tiny_model(), rows, config()).run()))
+    assert metrics["ce"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_order_is_the_same_for_any_start_and_covers_an_epoch() -> None:
+    """Starting at step 5 gives step 5's rows; an epoch shows every row once; epochs differ."""
+    order = Order(np.arange(4, 44), seed=1, batch_rows=8, bucket_window=2)
+    steps = dict(order.steps(0, 10))
+    assert np.array_equal(dict(order.steps(5, 6))[5], steps[5])
+    assert sorted(np.concatenate([steps[i] for i in range(5)])) == list(range(40))
+    assert not np.array_equal(steps[0], steps[5])
+
+
+def test_workers_share_a_step_without_loss_or_repetition() -> None:
+    """Every row of a step goes to exactly one micro-batch of one worker, none above the token budget."""
+    lengths = np.random.default_rng(0).integers(4, 60, 37)
+    parts = [part for rank in range(3) for part in split_for_worker(np.arange(37), lengths, rank, 3, 128)]
+    assert sorted(np.concatenate(parts)) == list(range(37))
+    assert all(len(part) * lengths[part].max() <= 128 for part in parts)
+
+
+def test_schedule_rises_holds_and_falls_to_zero() -> None:
+    """Warm-up never starts at zero, the plateau is the peak, the end is (almost) zero."""
+    one = OptimizerConfig(warmup=0.1, decay=0.5)
+    factors = [schedule(step, 100, one) for step in range(100)]
+    assert 0 < factors[0] < factors[9] <= 1
+    assert factors[10:50] == [1.0] * 40
+    assert factors[99] < 0.01
+    assert factors[50:] == sorted(factors[50:], reverse=True)
+
+
+def test_malformed_rows_are_refused(tmp_path: Path) -> None:
+    """An empty folder, a row longer than max_length and a ragged top-k name their folder instead of training
+    wrongly."""
+    with pytest.raises(DataError, match="no part-"):
+        Rows(tmp_path, 64, False)
+    folder = write_rows(tmp_path / "rows")
+    with pytest.raises(DataError, match="max_length 8"):
+        Rows(folder, 8, False)
+    table = pq.read_table(folder / "part-00000.parquet")
+    short = [ids[:-1] for ids in table.column("topk_ids").to_pylist()]
+    place = table.schema.get_field_index("topk_ids")
+    pq.write_table(
+        table.set_column(place, "topk_ids", pa.array(short, pa.list_(pa.int32()))),
+        folder / "part-00000.parquet",
+    )
+    with pytest.raises(DataError, match="k values"):
+        Rows(folder, 64, True)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A failure while writing leaves the old folder as it was and no temporary one."""
+    with writing(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "model") as temporary:
+        (temporary / "a").write_bytes((temporary / "missing").read_bytes())
+    assert (tmp_path / "model" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
