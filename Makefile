@@ -6,6 +6,8 @@ endif
 PY := .venv/bin/python
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 DEMO_ARGS ?=
+# Engines and jobs are processes of their own; without bytecode each would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint unit integration e2e bench lock clean

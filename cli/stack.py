@@ -45,7 +45,7 @@ class Progress:
         if self._status:
             self._status.update(line)
         elif what != self._last:
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
         self._last = what
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,12 +29,10 @@ def measure(folder: Path, count: int) -> dict[str, object]:
     from vllm import LLM, SamplingParams  # reads the environment when it is imported
 
     cases = [case("evaluation", FIRST_CASE + number) for number in range(count)]
+    asked: list[Any] = [[{"role": "user", "content": one.text}] for one in cases]
     engine = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=256, max_num_seqs=64)
     started = time.monotonic()
-    answers = engine.chat(
-        [[{"role": "user", "content": one.text}] for one in cases],
-        SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
-    )
+    answers = engine.chat(asked, SamplingParams(temperature=0, max_tokens=MAX_TOKENS))
     seconds = time.monotonic() - started
     texts = [one.outputs[0].text for one in answers]
     right = [exact_match(text, one.answer) for text, one in zip(texts, cases, strict=True)]

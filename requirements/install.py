@@ -64,7 +64,9 @@ def _make(name: str) -> None:
         "-r",
         str(HERE / f"{name}.txt"),
     ]  # the lock is whole; dependencies are not asked again
-    _run([str(uv), "pip", "install", "--python", str(_python(venv)), *sources, *lock], env)
+    # Bytecode now, once: where PYTHONDONTWRITEBYTECODE is set, vLLM would take 90 s instead of 15 s to start.
+    options = ["--compile-bytecode", "--python", str(_python(venv))]
+    _run([str(uv), "pip", "install", *options, *sources, *lock], env)
     if name == "main":
         _run([str(uv), "pip", "install", "--python", str(_python(venv)), "--no-deps", "-e", str(ROOT)], env)
     _verify(venv)

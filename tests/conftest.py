@@ -17,10 +17,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_cost)
 
 
-def _cost(item: pytest.Item) -> int:
+def _cost(item: pytest.Item) -> tuple[int, str]:
     if item.get_closest_marker("e2e"):
-        return 2
-    return 1 if "stack" in getattr(item, "fixturenames", ()) else 0
+        return 2, ""
+    if "stack" in getattr(item, "fixturenames", ()):
+        return 1, item.path.name  # the last file by name takes the stack down
+    return 0, ""
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def main() -> None:
         prefer_fork(current_platform)
     from vllm.entrypoints.launchers.api_server.entry import main as serve_openai
 
-    serve_openai()
+    serve_openai()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class EngineReplica:
     child's parent-death signal to the thread that started it.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, app: str, model: str, served_name: str, options: dict[str, Any], state_url: str, log_dir: str
     ) -> None:
         context = ray_serve.get_replica_context()

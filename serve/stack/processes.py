@@ -85,7 +85,8 @@ def check_port_free(host: str, port: int) -> None:
 def _listener(port: int) -> str:
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            here = getattr(connection.laddr, "port", None) == port
+            if here and connection.status == psutil.CONN_LISTEN and connection.pid:
                 return f" by pid {connection.pid} ({psutil.Process(connection.pid).name()})"
     except psutil.Error:  # not allowed to look at other users' sockets
         pass

@@ -109,12 +109,9 @@ class LiveStack:
 
     def ask(self, text: str = "hello there", stream: bool = False, **more: Any) -> str:
         """One chat completion; returns the text."""
-        # Random weights may end at once; an answer without text would prove nothing.
-        arguments: dict[str, Any] = {
-            "model": "support",
-            "max_tokens": 6,
-            "extra_body": {"min_tokens": 6},
-        } | more
+        # Random weights may end at once or say nothing but special tokens; no text would prove nothing.
+        engine = {"min_tokens": 6, "skip_special_tokens": False}
+        arguments: dict[str, Any] = {"model": "support", "max_tokens": 6, "extra_body": engine} | more
         messages = [{"role": "user", "content": text}]
         completions = self.client().chat.completions
         if not stream:
