@@ -54,7 +54,7 @@ SMALL_GATES = (
     " {metric: quantized.perplexity, relative_to: student.perplexity, at_most: 1.02}]"
 )
 SIZES = {
-    "full": Size(7000, 30.0, 3.0, 3, 6.0, "demo"),
+    "full": Size(7000, 30.0, 0.7, 3, 6.0, "demo"),
     "small": Size(
         2500, 30.0, 2.0, 1, 4.0, "small", (SMALL_GATES, "evaluate.samples=200", "evaluate.score_samples=100")
     ),

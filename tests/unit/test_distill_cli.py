@@ -89,6 +89,6 @@ def test_exit_codes(
 
 def test_help_teaches_resuming() -> None:
     """The help says what the stages are, and that killing a job is harmless."""
-    text = CliRunner().invoke(APP, ["--help"], terminal_width=200).stdout
+    text = " ".join(CliRunner().invoke(APP, ["--help"], terminal_width=200).stdout.split())
     assert "collect -> teach -> train -> quantize -> evaluate -> gate -> publish" in text
     assert "same command again" in text
