@@ -28,6 +28,8 @@ from demo.world.cases import case
 ROUTE = "support"
 MODEL = "support-student"
 LOAD_PROMPTS = 256
+BURST = (3.0, 27.0)
+"""Seconds on, seconds off of the traffic while the student is made."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Size:
     ramp_rate: float
     """Requests a second while rollouts run."""
     background_rate: float
-    """Requests a second while the student is made."""
+    """Requests a second within a burst while the student is made."""
     load_turns: int
     load_seconds: float
     policy: str
@@ -54,9 +56,9 @@ SMALL_GATES = (
     " {metric: quantized.perplexity, relative_to: student.perplexity, at_most: 1.02}]"
 )
 SIZES = {
-    "full": Size(7000, 30.0, 0.7, 3, 6.0, "demo"),
+    "full": Size(7000, 30.0, 8.0, 3, 6.0, "demo"),
     "small": Size(
-        2500, 30.0, 2.0, 1, 4.0, "small", (SMALL_GATES, "evaluate.samples=200", "evaluate.score_samples=100")
+        2500, 30.0, 8.0, 1, 4.0, "small", (SMALL_GATES, "evaluate.samples=200", "evaluate.score_samples=100")
     ),
 }
 
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.failed("interrupted; everything it started was stopped")
         return 130
-    facts["seconds"] = round(time.monotonic() - started, 1)
+    facts |= {"size": args.size, "seconds": round(time.monotonic() - started, 1)}
     (out / "summary.json").write_text(json.dumps(facts, indent=2) + "\n")
     _report(out)
     problems = summary.problems(facts)
@@ -103,7 +105,7 @@ def _loop(stack: Stack, size: Size, console: Console) -> dict[str, Any]:
     traffic = Traffic(stack.base_url, ROUTE).start()
     try:
         _talk_to_teacher(traffic, size, console)
-        traffic.set_rate(size.background_rate)
+        traffic.set_rate(size.background_rate, BURST)
         stack.distill(overrides=list(size.overrides))
         traffic.set_rate(size.ramp_rate)
         first = stack.rollout(ROUTE, f"{MODEL}@challenger", size.policy, traffic)

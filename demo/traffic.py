@@ -50,6 +50,7 @@ class Traffic:
         self._base_url, self._route = base_url, route
         self._limit = max_in_flight
         self._rate: float | None = 0.0
+        self._burst: tuple[float, float] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="traffic", daemon=True)
 
@@ -58,9 +59,13 @@ class Traffic:
         self._thread.start()
         return self
 
-    def set_rate(self, per_second: float | None) -> None:
-        """Requests a second; None means as many as `max_in_flight` allows."""
-        self._rate = per_second
+    def set_rate(self, per_second: float | None, burst: tuple[float, float] | None = None) -> None:
+        """Requests a second; None means as many as `max_in_flight` allows.
+
+        `burst` = (seconds on, seconds off): users come in waves. An idle vLLM on a CPU sleeps, a nearly idle
+        one spins on a core, which two cores cannot spare while a student is trained.
+        """
+        self._rate, self._burst = per_second, burst
 
     def stop(self, timeout_s: float = 120.0) -> TrafficStats:
         """Stop asking, wait for the answers still under way, return what was seen."""
@@ -80,7 +85,7 @@ class Traffic:
         due = time.monotonic()
         while not self._stop.is_set():
             rate = self._rate
-            if rate == 0.0:
+            if rate == 0.0 or self._between_bursts():
                 await asyncio.sleep(0.05)
                 due = time.monotonic()
                 continue
@@ -95,6 +100,9 @@ class Traffic:
         if tasks:
             await asyncio.wait(set(tasks))
         await client.close()
+
+    def _between_bursts(self) -> bool:
+        return self._burst is not None and time.monotonic() % sum(self._burst) > self._burst[0]
 
     async def _ask(self, client: AsyncOpenAI, index: int) -> None:
         one = case("live", index)

@@ -28,7 +28,9 @@ def main() -> int:
     bars = _bars(facts)
     for bar in bars:
         print(f"{'ok  ' if bar.ok else 'MISS'} {bar.what}: {bar.value:.4g} (bar {bar.bar})")
-    print(f"written: {write('demo', 'make demo', bars, [facts])}")
+    small = facts["size"] != "full"
+    name, command = ("demo-small", 'make demo DEMO_ARGS="--size small"') if small else ("demo", "make demo")
+    print(f"written: {write(name, command, bars, [facts])}")
     return 0 if all(b.ok for b in bars) else 1
 
 
