@@ -38,7 +38,7 @@ def rendered() -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.3g}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -59,4 +59,5 @@ def problems(facts: dict[str, Any]) -> list[str]:
 
 def _of(metrics: dict[str, Any], model: str) -> dict[str, Any]:
     prefix = f"{model}."
-    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    found = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    return {k: int(v) if k in ("params", "bytes", "graded") else v for k, v in found.items()}
