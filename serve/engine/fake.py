@@ -152,7 +152,7 @@ class FakeEngine:
         head = _head(body, "chat.completion.chunk" if chat else "text_completion")
         kind = b"text/event-stream; charset=utf-8"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-        if chat:
+        if chat and b.error_after != 0:  # 0: break before the first event, in time for a fallback
             await _event(send, {**head, "choices": [_delta(chat, "", None)]})
         for at in range(b.tokens):
             if at == b.cut_after:
