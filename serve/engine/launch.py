@@ -12,10 +12,6 @@ import os
 import warnings
 from typing import Any
 
-BUSY_S = 0.001
-"""How long a vLLM process on a CPU spins before it sleeps. vLLM's own second costs two cores an engine under
-load: two engines on two cores then hold each other up at every step."""
-
 
 def wants_fork(start: str, is_cpu: bool) -> bool:
     """True when vLLM's processes shall be forked: asked for, or `auto` on CPU."""
@@ -46,22 +42,6 @@ def allow_amx() -> None:
         torch.cpu._init_amx()
 
 
-def sleep_between_steps(condition: Any, busy_s: float = BUSY_S) -> None:
-    """Make vLLM's processes sleep while they wait for each other instead of spinning for a second.
-
-    `condition` is vLLM's SpinCondition. Its writer pings a socket on every write, so a sleeping reader wakes
-    at once; the first second spins as before, until those sockets are connected.
-    """
-    wait_for = condition.__init__
-
-    def sleepy(self: Any, *args: Any, **kwargs: Any) -> None:
-        wait_for(self, *args, **{**kwargs, "busy_loop_s": busy_s})
-        if self.is_reader:
-            self.last_read += 1.0
-
-    condition.__init__ = sleepy
-
-
 def main() -> None:
     """Run vLLM's OpenAI server with the arguments of this process."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -69,9 +49,6 @@ def main() -> None:
 
     if current_platform.is_cpu():
         allow_amx()
-        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-        sleep_between_steps(SpinCondition)
     if wants_fork(os.environ.get("STILLHOUSE_ENGINE_START", "auto"), current_platform.is_cpu()):
         prefer_fork(current_platform)
     from vllm.entrypoints.launchers.api_server.entry import main as serve_openai
