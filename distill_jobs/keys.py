@@ -20,23 +20,6 @@ from registry.digest import bytes_of, digest_folder
 KEY_CHARS = 12
 """Characters of a key in a folder's name."""
 
-# Settings of TrainConfig that change how a run is executed, not what comes out (as the trainer's fingerprint
-# has it).
-_OPERATIONAL_TRAIN = frozenset(
-    {
-        "name",
-        "workers",
-        "threads",
-        "cpus_per_worker",
-        "checkpoint_steps",
-        "log_steps",
-        "max_failures",
-        "compile",
-        "use_gpu",
-        "micro_tokens",
-    }
-)
-
 
 def sha256_of(value: object) -> str:
     """sha256 of a value's canonical JSON."""
@@ -45,7 +28,7 @@ def sha256_of(value: object) -> str:
 
 def key_config(section: BaseModel) -> dict[str, object]:
     """The fields of a section that decide its result, as JSON values."""
-    left_out: frozenset[str] = getattr(type(section), "OPERATIONAL", _OPERATIONAL_TRAIN)
+    left_out: frozenset[str] = getattr(type(section), "OPERATIONAL", frozenset())
     data: dict[str, object] = section.model_dump(mode="json")
     return {name: value for name, value in data.items() if name not in left_out}
 

@@ -3,7 +3,7 @@ from."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -67,6 +67,22 @@ class LossConfig(StrictConfig):
 
 class TrainConfig(StrictConfig):
     """One training run."""
+
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset(
+        {
+            "name",
+            "workers",
+            "threads",
+            "cpus_per_worker",
+            "checkpoint_steps",
+            "log_steps",
+            "max_failures",
+            "compile",
+            "use_gpu",
+            "micro_tokens",
+        }
+    )
+    """Settings that change how a run is executed, not what comes out: a run may continue under others."""
 
     name: str = Field(default="train", description="Run name; the same name and folder resume the run.")
     seed: int = Field(default=0, description="Seeds the order of the data and a from-scratch model.")

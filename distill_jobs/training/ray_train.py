@@ -36,19 +36,6 @@ from distill_jobs.training.models import load_model, save_model
 
 PROGRESS = "progress.jsonl"
 MODEL = "model"
-#: Settings that change how a run is executed, not what comes out: a run may continue under others.
-_EXECUTION = {
-    "name",
-    "workers",
-    "threads",
-    "cpus_per_worker",
-    "checkpoint_steps",
-    "log_steps",
-    "max_failures",
-    "compile",
-    "use_gpu",
-    "micro_tokens",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +50,7 @@ class TrainResult:
 def fingerprint(config: TrainConfig, data_dir: Path, base_model: str) -> str:
     """What decides the result: hyperparameters, the data (by its manifest, else names and sizes) and the
     start."""
-    shaping = config.model_dump(exclude=_EXECUTION)
+    shaping = config.model_dump(exclude=set(config.OPERATIONAL))
     data = read_manifest(data_dir) or sorted(
         (p.name, p.stat().st_size) for p in Path(data_dir).glob("part-*.parquet")
     )
