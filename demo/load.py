@@ -66,7 +66,8 @@ async def _turn(target: Target, prompts: list[str], seconds: float) -> tuple[flo
         nonlocal tokens, requests
         while time.perf_counter() - started < seconds:
             prompt = prompts[next(turn) % len(prompts)]
-            tokens += await _one(session, target, prompt)
+            answered = await _one(session, target, prompt)
+            tokens += answered  # not `tokens += await …`: that adds to what tokens was before the wait
             requests += 1
 
     connector = aiohttp.TCPConnector(limit=CONCURRENCY)
