@@ -101,9 +101,9 @@ class Console:
             table.add_column(column, justify="right" if column else "left")
         teacher, student, quantized = facts["teacher"], facts["student"], facts["quantized"]
         table.add_row("teacher", *_cells(teacher, teacher["tokens_per_s"]))
-        table.add_row("student bf16", *_cells(student, None))
+        table.add_row("student bf16", *_cells(student, student["tokens_per_s"]))
         table.add_row(
-            f"student {quantized['format']}", *_cells({**student, **quantized}, student["tokens_per_s"])
+            f"student {quantized['format']}", *_cells({**student, **quantized}, quantized["tokens_per_s"])
         )
         self._rich.print(table)
         for rollout in facts["rollouts"]:
@@ -124,10 +124,10 @@ class Console:
         )
 
 
-def _cells(model: dict[str, Any], tokens_per_s: float | None) -> list[str]:
+def _cells(model: dict[str, Any], tokens_per_s: float) -> list[str]:
     return [
         f"{model['params']:,}",
         f"{model['accuracy']:.1%}",
-        "" if tokens_per_s is None else f"{tokens_per_s:,.0f}",
+        f"{tokens_per_s:,.0f}",
         f"{model['bytes']:,}" if model.get("bytes") else "",
     ]

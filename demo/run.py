@@ -47,7 +47,7 @@ class Size:
     policy: str
     """Rollout policy of configs/demo.yaml."""
     overrides: tuple[str, ...] = ()
-    """Overrides of configs/distill-demo.yaml."""
+    """Overrides of configs/distill-support.yaml."""
 
 
 #: What 2,500 rows can teach is less than the full size's gate asks for; the loop is the same.
@@ -132,10 +132,11 @@ def _talk_to_teacher(traffic: Traffic, size: Size, console: Console) -> None:
 
 def _served(stack: Stack, size: Size, console: Console) -> dict[str, load.Served]:
     """Tokens a second of teacher and student under the same load, users being quiet."""
-    targets = stack.load_targets(ROUTE)
     prompts = [case("evaluation", i).text for i in range(LOAD_PROMPTS)]
     with console.step("tokens/s of teacher and student under the same load") as step:
-        served = load.measure(targets, prompts, size.load_turns, size.load_seconds)
+        with stack.bf16_student() as unquantized:
+            targets = [*stack.load_targets(ROUTE), unquantized]
+            served = load.measure(targets, prompts, size.load_turns, size.load_seconds)
         step.note(", ".join(f"{n} {s.tokens_per_s:,.0f}" for n, s in served.items()))
     return served
 

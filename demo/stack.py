@@ -1,6 +1,6 @@
 """The demo's hands on the product: the `stillhouse` command, the public URL, the state store for reading.
 
-It starts a stack of its own on a free port and always takes it down again. Knows no engine and no router.
+It starts a stack of its own on a free port and always takes it down again. Knows no router.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +25,14 @@ from demo.traffic import Traffic
 from registry.mlflow_store import open_registry
 from registry.store import Registry
 from serve.config import load_serve_config
+from serve.engine.process import VllmProcess
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 
 ROOT = Path(__file__).resolve().parent.parent
 STACK_CONFIG = ROOT / "configs" / "demo.yaml"
-DISTILL_CONFIG = ROOT / "configs" / "distill-demo.yaml"
+DISTILL_CONFIG = ROOT / "configs" / "distill-support.yaml"
 
 
 class Stack:
@@ -146,6 +149,20 @@ class Stack:
             url = upstream.url or endpoints[str(upstream.app)][0].url
             found.append(Target(name, url, upstream.model))
         return found
+
+    @contextmanager
+    def bf16_student(self) -> Iterator[Target]:
+        """The student before quantization, served as the stack serves students; it never gets traffic."""
+        folder = str(self.manifests()["train"]["outputs"]["student"]["path"])
+        engine = VllmProcess(
+            folder, "student", self.config.students, "127.0.0.1", self.out / "logs" / "bf16-student.log"
+        )
+        engine.start()
+        try:
+            engine.wait_ready()
+            yield Target("student bf16", engine.url, "student")
+        finally:
+            engine.stop()
 
     def _show(self, bar: Any) -> None:
         try:

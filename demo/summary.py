@@ -21,9 +21,10 @@ def facts(
     """Everything `summary.json` holds except the total time."""
     metrics = stack.manifests()["evaluate"]["metrics"]
     teacher_tps, student_tps = served["teacher"].tokens_per_s, served["student"].tokens_per_s
+    bf16_tps = served["student bf16"].tokens_per_s
     return {
         "teacher": {**_of(metrics, "teacher"), "tokens_per_s": round(teacher_tps, 1)},
-        "student": {**_of(metrics, "student"), "tokens_per_s": round(student_tps, 1)},
+        "student": {**_of(metrics, "student"), "tokens_per_s": round(bf16_tps, 1)},
         "quantized": {
             **_of(metrics, "quantized"),
             "format": stack.manifests()["quantize"]["notes"]["format"],

@@ -2,11 +2,15 @@
 
 Each conversation asks a few requests of the world's `live` split and keeps its conversation header. A failed
 request is one whose client saw an error. Knows the public URL only: nothing of arms, engines or rollouts.
+
+`python -m demo.traffic --requests 3000` is such a crowd for a stack of your own.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,6 +18,7 @@ from dataclasses import dataclass, field
 from openai import AsyncOpenAI, OpenAIError
 
 from contracts.errors import StillhouseError
+from demo.console import Console
 from demo.world.cases import case
 from demo.world.tools import exact_match
 
@@ -142,3 +147,32 @@ async def _streamed(client: AsyncOpenAI, body: dict[str, object]) -> str:
     if not finished:
         raise ValueError("the stream ended without a finish_reason")
     return "".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Send requests to a running stack; 1 when one failed."""
+    parser = argparse.ArgumentParser(prog="python -m demo.traffic", description=main.__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="public URL, ending in /v1")
+    parser.add_argument("--route", default="support", help="the model name to ask for")
+    parser.add_argument("--requests", type=int, default=3000, help="how many")
+    parser.add_argument("--rate", type=float, help="requests a second; default: what 32 clients manage")
+    parser.add_argument("--start", type=int, default=0, help="first request; another number, other requests")
+    args = parser.parse_args(argv)
+    crowd = Traffic(args.url, args.route, start=args.start).start()
+    crowd.set_rate(args.rate)
+    console = Console()
+    try:
+        with console.progress(f"{args.route} at {args.url}", args.requests) as bar:
+            while crowd.stats.requests < args.requests:
+                time.sleep(0.2)
+                bar.to(crowd.stats.requests, f"{crowd.stats.failed} failed, {crowd.stats.right} right")
+    except KeyboardInterrupt:
+        console.failed("interrupted")
+    seen = crowd.stop()
+    for error in seen.errors:
+        console.failed(error)
+    return 1 if seen.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

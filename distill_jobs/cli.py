@@ -36,7 +36,7 @@ student, 130 stopped with Ctrl-C."""
 
 def distill(
     config_path: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/distill-demo.yaml.")
+        Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/distill-support.yaml.")
     ],
     overrides: Annotated[
         list[str] | None,

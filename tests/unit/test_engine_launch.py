@@ -12,7 +12,7 @@ import zmq
 from serve.engine.launch import BUSY_S, nap_while_busy
 
 
-@pytest.fixture()
+@pytest.fixture
 def ends() -> Iterator[tuple[Any, Any]]:
     """Writer and reader of one queue, of a class of the test's own so that the patch does not leak."""
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
