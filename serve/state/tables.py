@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from contracts.errors import StateError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -129,6 +129,56 @@ leases = Table(
     Column("name", String(64), primary_key=True),
     Column("holder", String(160), nullable=False),
     Column("expires_at", Float, nullable=False),
+)
+
+route_settings = Table(
+    "route_settings",
+    metadata,
+    Column("route", String(128), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("body", Text, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("body", Text, nullable=False),
+)
+
+key_usage = Table(
+    "key_usage",
+    metadata,
+    Column("key_id", String(128), primary_key=True),
+    Column("replica", String(160), primary_key=True),
+    Column("minute", BigInteger, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Index("key_usage_by_minute", "minute"),
+)
+"""Absolute counts of one router process in one minute, so writing them again changes nothing."""
+
+served = Table(
+    "served",
+    metadata,
+    Column("request_id", String(128), primary_key=True),
+    Column("route", String(128), nullable=False),
+    Column("arm", String(16), nullable=False),
+    Column("rollout_id", String(128)),
+    Column("split_version", Integer, nullable=False),
+    Column("at", Float, nullable=False, index=True),
+)
+"""Requests that feedback may refer to, for as long as late feedback is taken."""
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("request_id", String(128), nullable=False, index=True),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
 )
 
 
