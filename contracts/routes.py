@@ -1,4 +1,4 @@
-"""What a platform engineer says about a route, apart from its split: names, defaults, limits, shadow, logging.
+"""What a platform engineer says about a route, apart from its split: names, defaults, limits, shadow, log.
 
 Versioned and stored in the state store; every router takes a newer version over within a second. Made by the
 stack's configuration and the admin API, read by serve.router. Knows nothing about HTTP.
