@@ -68,10 +68,9 @@ class RouteLimits(Record):
     """Completion tokens a request may ask for; more is refused, none asked for means this many."""
 
 
-class Shadow(Record):
-    """A second upstream that sees a sample of the traffic; its answers are logged and thrown away."""
+class ShadowFields(Record):
+    """How much of the traffic a shadow sees."""
 
-    upstream: Upstream
     share: float = Field(gt=0.0, le=1.0)
     """Share of the conversations."""
     per_hour: int | None = Field(default=None, ge=1)
@@ -80,11 +79,15 @@ class Shadow(Record):
     """Running at once, per router process; further ones are dropped and counted."""
 
 
-class RouteSettings(Record):
-    """Everything about one route that is not its split. The defaults change nothing."""
+class Shadow(ShadowFields):
+    """A second upstream that sees a sample of the traffic; its answers are logged and thrown away."""
 
-    route: str = Field(pattern=NAME)
-    version: int = Field(default=1, ge=1)
+    upstream: Upstream
+
+
+class RouteFields(Record):
+    """The settings of a route that name no upstream. The defaults change nothing."""
+
     aliases: tuple[str, ...] = ()
     """Further model names that mean this route."""
     default: bool = False
@@ -92,10 +95,7 @@ class RouteSettings(Record):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Request fields that are filled in when the client leaves them out, e.g. {"temperature": 0}."""
     limits: RouteLimits = RouteLimits()
-    fallbacks: tuple[Upstream, ...] = ()
-    """Asked in this order when the assigned arm, and stable, failed before their first byte."""
     affinity: Affinity = Affinity.NONE
-    shadow: Shadow | None = None
     log: LogPolicy = LogPolicy()
 
     @field_validator("aliases")
@@ -112,3 +112,14 @@ class RouteSettings(Record):
         if taken := PROTECTED & set(value):
             raise ValueError(f"{', '.join(sorted(taken))} belong to the client and cannot have a default")
         return value
+
+
+class RouteSettings(RouteFields):
+    """Everything about one route that is not its split."""
+
+    route: str = Field(pattern=NAME)
+    version: int = Field(default=0, ge=0)
+    """0: the defaults, never stored; the first ones stored are 1."""
+    fallbacks: tuple[Upstream, ...] = ()
+    """Asked in this order when the assigned arm, and stable, failed before their first byte."""
+    shadow: Shadow | None = None

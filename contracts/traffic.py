@@ -22,6 +22,8 @@ class Arm(StrEnum):
     STABLE = "stable"
     CANARY = "canary"
     SHADOW = "shadow"
+    FALLBACK = "fallback"
+    """One of the route's further upstreams; it only ever serves, nothing is assigned to it."""
 
 
 class Upstream(Record):
@@ -96,6 +98,8 @@ class Reason(StrEnum):
     RANDOM = "random"
     OVERRIDE = "override"
     ONLY_ARM = "only_arm"
+    SHADOW = "shadow"
+    """A copy of another request; its answer went to nobody."""
 
 
 class Assignment(Record):
@@ -140,6 +144,8 @@ class RequestRow(Record):
 
     request_id: str
     ts: float
+    pair_id: str | None = None
+    """Of a shadow's row: the id of the request it copies."""
     route: str
     endpoint: str
     arm: Arm

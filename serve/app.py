@@ -20,6 +20,7 @@ from serve.engine.config import EngineOptions
 from serve.engine.deployer import ServeDeployer, deploy_application
 from serve.engine.vllm_server import build_engine_app
 from serve.state.rollouts import RolloutState
+from serve.state.settings import SettingsState
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 
@@ -109,7 +110,8 @@ def write_routes(config: ServeConfig, traffic: TrafficState, reset: bool = False
     students and running canaries out and puts every route back on its configured upstream.
     """
     declared = {u.name: u for u in config.upstream_nouns()}
-    for route, upstream in config.routes.items():
+    for route, section in config.routes.items():
+        upstream = section.upstream
         before = traffic.get_split(route)
         if before is None:
             traffic.put_split(Split(route=route, version=1, salt=uuid.uuid4().hex, stable=declared[upstream]))
@@ -120,6 +122,17 @@ def write_routes(config: ServeConfig, traffic: TrafficState, reset: bool = False
             after = before.model_copy(update={"stable": declared[upstream], **cleared})
         if after != before:
             traffic.put_split(after.model_copy(update={"version": before.version + 1}))
+
+
+def write_settings(config: ServeConfig, state: SettingsState) -> None:
+    """Store the settings the file gives its routes; a route without any keeps what it has."""
+    for route in config.routes:
+        wanted, before = config.route_settings(route), state.get_settings(route)
+        if wanted is None:
+            continue
+        version = before.version if before is not None else 0
+        if before is None or wanted.model_copy(update={"version": version}) != before:
+            state.put_settings(wanted.model_copy(update={"version": version + 1}))
 
 
 def _changed(split: Split, declared: dict[str, Upstream]) -> dict[str, Upstream]:
@@ -164,6 +177,7 @@ def deploy_stack(config: ServeConfig, reset_routes: bool = False) -> list[str]:
     for app in traffic.endpoints():  # of a stack that was killed; nothing of it runs any more
         traffic.drop_endpoint(app)
     write_routes(config, traffic, reset_routes)
+    write_settings(config, SettingsState(engine))
     students = students_in_use(config, traffic, rollouts)
     applications = engine_applications(config)
     deployer = make_deployer(config, traffic)

@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from contracts.config import StrictConfig, load_config
 from contracts.errors import ConfigError
+from contracts.routes import RouteFields, RouteSettings, Shadow, ShadowFields
 from contracts.traffic import NAME, Upstream
 from serve.engine.config import EngineOptions
 from serve.rollout.policy import RolloutPolicy
@@ -74,6 +75,35 @@ class UpstreamSection(StrictConfig):
         return self
 
 
+class ShadowSection(ShadowFields):
+    """A second upstream that sees a sample of a route's traffic."""
+
+    upstream: str
+    """Name of a declared upstream."""
+
+
+class RouteSection(RouteFields):
+    """One route: its upstream's name alone, or with settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    upstream: str
+    """Name of the declared upstream that answers before any rollout."""
+    fallbacks: tuple[str, ...] = ()
+    """Names of declared upstreams that are asked when the arm failed, in this order."""
+    shadow: ShadowSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_a_name(cls, data: Any) -> Any:
+        return {"upstream": data} if isinstance(data, str) else data
+
+    def named_upstreams(self) -> list[str]:
+        """Every upstream this section names."""
+        shadow = [] if self.shadow is None else [self.shadow.upstream]
+        return [self.upstream, *self.fallbacks, *shadow]
+
+
 class RouterSection(RouterConfig):
     """The routers: everything of RouterConfig, and how many."""
 
@@ -106,8 +136,8 @@ class ServeConfig(StrictConfig):
     router: RouterSection = RouterSection()
     upstreams: dict[str, UpstreamSection]
     """Upstream name → what it is. Usually at least the teacher."""
-    routes: dict[str, str]
-    """Route (the model name clients ask for) → the upstream that answers before any rollout."""
+    routes: dict[str, RouteSection]
+    """Route (the model name clients ask for) → the upstream that answers before any rollout, and settings."""
     policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
     """Rollout policies by name; 'default' is used when none is named."""
     students: EngineOptions = EngineOptions()
@@ -131,11 +161,27 @@ class ServeConfig(StrictConfig):
     def _names_fit(self) -> ServeConfig:
         if not self.upstreams or not self.routes:
             raise ValueError("give at least one entry in 'upstreams' and one in 'routes'")
-        for route, upstream in self.routes.items():
-            if upstream not in self.upstreams:
-                known = ", ".join(sorted(self.upstreams))
-                raise ValueError(f"routes.{route}: there is no upstream {upstream!r}; there are: {known}")
+        for route, section in self.routes.items():
+            for upstream in section.named_upstreams():
+                if upstream not in self.upstreams:
+                    known = ", ".join(sorted(self.upstreams))
+                    raise ValueError(f"routes.{route}: there is no upstream {upstream!r}; there are: {known}")
         return self
+
+    def route_settings(self, route: str) -> RouteSettings | None:
+        """The settings the file gives a route, None when it only names its upstream."""
+        section = self.routes[route]
+        if section.model_fields_set <= {"upstream"}:
+            return None
+        shadow = section.shadow
+        return RouteSettings(
+            route=route,
+            **{f: getattr(section, f) for f in RouteFields.model_fields},
+            fallbacks=tuple(self.upstream(name) for name in section.fallbacks),
+            shadow=None
+            if shadow is None
+            else Shadow(upstream=self.upstream(shadow.upstream), **shadow.model_dump(exclude={"upstream"})),
+        )
 
     @field_validator("upstreams", "routes")
     @classmethod

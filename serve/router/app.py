@@ -97,7 +97,7 @@ class RouterApp:
             status = "ready" if not missing else "not ready"
             await send_json(send, 503 if missing else 200, {"status": status, "missing": missing})
         elif path == "/v1/models":
-            models = [_model(name) for name in self._table.names()]
+            models = [_model(name) for name in self._table.public_names()]
             await send_json(send, 200, {"object": "list", "data": models})
         else:
             name = path.removeprefix("/v1/models/")
@@ -130,7 +130,7 @@ class RouterApp:
         config = self.config
         self._metrics = Metrics()
         self._table = RouteTable(self._metrics)
-        self._pools = Pools(config.eject_s, config.endpoint_max_age_s)
+        self._pools = Pools(config)
         self._client = HttpClient(config.timeouts.connect_s)
         self._ledger = Ledger(self.replica)
         self._request_log = await self._open_log()
@@ -151,6 +151,7 @@ class RouterApp:
             await asyncio.sleep(0.02)
         if self._proxy.active:
             _log.error("router %s leaves with %d requests running", self.replica, self._proxy.active)
+        await self._proxy.shadows.close()
         if self._request_log is not None and not await asyncio.to_thread(self._request_log.close):
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
         await self._sync.stop()  # after the log: the last grades are evidence too

@@ -54,13 +54,20 @@ class RouterConfig(StrictConfig):
     timeouts: Timeouts = Timeouts()
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     fallback: bool = True
-    """A canary that fails before its first byte is answered by stable (and still charged to the canary)."""
+    """An arm that fails before its first byte is helped out: the canary by stable, then by the route's
+    fallbacks in order. The assigned arm is still charged."""
     conversation_header: str = Field(default="x-stillhouse-conversation", pattern=r"^[a-z0-9-]+$")
     """Header that names the conversation; lower case."""
     allow_override: bool = True
     """Honour `x-stillhouse-arm: stable|canary` (never evidence); False: the header is ignored."""
     eject_s: float = Field(default=1.0, gt=0)
-    """How long a replica that refused a connection is avoided while others live."""
+    """How long a failing replica is left alone at first; each further time twice as long."""
+    eject_max_s: float = Field(default=30.0, gt=0)
+    """Longest time a failing replica is left alone before one request may try it again."""
+    eject_failures: int = Field(default=5, ge=1)
+    """Failures in a row after which a replica is left alone; a refused connection is enough by itself."""
+    retry_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Retries as a share of a route's requests; above it a failure goes straight to the next arm."""
     endpoint_max_age_s: float = Field(default=15.0, gt=0)
     """Replicas whose heartbeat is older are avoided while fresher ones live."""
     drain_s: float = Field(default=60.0, gt=0)

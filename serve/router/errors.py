@@ -20,11 +20,21 @@ class RequestRefused(StillhouseError):
     """The router itself will not pass this request on; carries the reply."""
 
     def __init__(
-        self, message: str, status: int = 400, code: str | None = None, param: str | None = None
+        self,
+        message: str,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        route: str | None = None,
     ) -> None:
+        """`headers`: of the reply. `route`: whose request it was, once that is known."""
         super().__init__(message)
         self.status = status
-        self.body = error_body(message, "invalid_request_error", code, param)
+        self.headers = headers
+        self.route = route
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.body = error_body(message, kind, code, param)
 
 
 class AttemptFailed(EngineError):

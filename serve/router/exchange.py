@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from contracts.traffic import Arm, Assignment, Outcome, Reason, RequestRow, Upstream
+from contracts.routes import Priority
+from contracts.traffic import Assignment, Outcome, Reason, RequestRow, Upstream
 from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
@@ -23,10 +24,10 @@ class Exchange:
     """One routed request from its assignment to its end."""
 
     __slots__ = (
-        "assignment", "body", "chunks", "client_wants_usage", "completion_tokens", "e2e_s", "ended",
-        "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "prompt_tokens",
-        "request_id", "response", "route", "served", "served_arm", "started", "status", "stream",
-        "streamed", "trace", "ts", "ttft_s",
+        "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
+        "ended", "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "pair_id",
+        "priority", "prompt_tokens", "request_id", "response", "route", "served", "served_arm", "started",
+        "status", "stream", "streamed", "trace", "ts", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +54,13 @@ class Exchange:
         self.client_wants_usage = options is not None and (
             not isinstance(options, dict) or bool(options.get("include_usage"))
         )
+        self.affinity: bytes | None = None
+        """What should stay on one replica."""
+        self.cap: tuple[str, int] | None = None
+        """Field and value of the completion limit that the route sets and the client did not."""
+        self.priority = Priority.NORMAL
+        self.pair_id: str | None = None
+        """Of a shadow: the request it copies."""
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
@@ -101,6 +109,7 @@ class Exchange:
         assignment, split = self.assignment, self.route.split
         return RequestRow(
             request_id=self.request_id,
+            pair_id=self.pair_id,
             ts=self.ts,
             route=split.route,
             endpoint=self.endpoint,
@@ -129,11 +138,6 @@ class Exchange:
             response=self.response,
             error=self.error,
         )
-
-    @property
-    def canary_fallback_possible(self) -> bool:
-        """True while the canary was asked and stable was not."""
-        return self.assignment.arm is Arm.CANARY and not self.fell_back
 
     def _answer(self) -> Answer:
         if self.streamed:

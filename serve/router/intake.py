@@ -13,12 +13,14 @@ from typing import Any
 
 import orjson
 
+from contracts.routes import Affinity
 from contracts.traffic import Arm
 from serve.router.assign import assign, unit_of
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
 from serve.router.guard import Receive
+from serve.router.shape import affinity_key, completion_cap
 from serve.router.table import Route, RouteTable
 
 Headers = dict[bytes, bytes]
@@ -78,14 +80,20 @@ class Intake:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
         trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
         assignment = assign(route.split, kind, unit, override)
-        return Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        settings = route.settings
+        if settings.limits.max_tokens is not None:
+            ex.cap = completion_cap(endpoint, {**settings.parameters, **parsed}, settings.limits.max_tokens)
+        if settings.affinity is not Affinity.NONE:
+            ex.affinity = affinity_key(settings.affinity, unit, parsed)
+        return ex
 
     def _route(self, model: object) -> Route:
         if not isinstance(model, str) or not model:
             raise RequestRefused("'model' is required and must be the name of a route.", param="model")
-        route = self._table.get(model)
+        route = self._table.resolve(model)
         if route is None:
-            names = ", ".join(self._table.names()) or "none yet"
+            names = ", ".join(self._table.public_names()) or "none yet"
             raise RequestRefused(
                 f"The model {model[:128]!r} does not exist. Routes: {names}.", 404, "model_not_found", "model"
             )

@@ -147,6 +147,18 @@ class Metrics:
             ["route"],
             registry=reg,
         )
+        self.shadows_dropped = Counter(
+            "stillhouse_shadows_dropped_total",
+            "Shadow requests that were not sent: the hour's budget was spent, or too many were running.",
+            ["route", "reason"],
+            registry=reg,
+        )
+        self.ejections = Counter(
+            "stillhouse_ejections_total",
+            "Times a replica of an upstream failed so often that it is left alone.",
+            ["upstream"],
+            registry=reg,
+        )
         self.retries = Counter(
             "stillhouse_retries_total",
             "Requests tried again within their arm.",

@@ -1,39 +1,61 @@
-"""Which replica of an upstream is asked: least in flight, avoiding those that just refused or went silent.
+"""Which replica of an upstream is asked: affinity, then least in flight, leaving failing ones alone.
 
+A replica that fails is left alone for a while that doubles each time, then one request may try it
+(half-open); its success closes the breaker. A silent one (old heartbeat) is avoided while others live.
 Owned by one event loop. Knows nothing about HTTP or arms.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+from typing import Final
 
 from contracts.traffic import Upstream
 from serve.router.client import Target, target_of
+from serve.router.config import RouterConfig
 from serve.state.traffic import Endpoint
+
+_PROBE_S: Final = 5.0
+"""A probe that never ended (its client left) counts as over after this."""
+_SLACK: Final = 4
+"""Requests in flight that affinity may cost: a preferred replica this much busier than the idlest is not."""
 
 
 class Replica:
     """One address that answers for an upstream."""
 
-    __slots__ = ("avoid_until", "in_flight", "seen_at", "target", "url")
+    __slots__ = ("failures", "in_flight", "open_until", "probe_until", "seen_at", "target", "trips", "url")
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.target: Target = target_of(url)
         self.in_flight = 0
-        self.avoid_until = 0.0
+        self.failures = 0
+        """In a row."""
+        self.trips = 0
+        """How often in a row the breaker opened."""
+        self.open_until = 0.0
+        self.probe_until = 0.0
         self.seen_at = float("inf")
         """Last heartbeat, Unix seconds; plain URLs have none and never go stale."""
+
+    def closed(self, now: float) -> bool:
+        """True when it may be asked: its breaker is closed, or half-open with nobody trying."""
+        return not self.trips or (now >= self.open_until and now >= self.probe_until)
 
 
 class Pools:
     """All replicas this router knows, by Serve application and by plain URL."""
 
-    def __init__(self, eject_s: float, max_age_s: float) -> None:
-        self._eject_s = eject_s
-        self._max_age_s = max_age_s
+    def __init__(self, config: RouterConfig) -> None:
+        self._eject_s = config.eject_s
+        self._eject_max_s = config.eject_max_s
+        self._eject_failures = config.eject_failures
+        self._max_age_s = config.endpoint_max_age_s
         self._apps: dict[str, list[Replica]] = {}
         self._urls: dict[str, Replica] = {}
         self._keys: dict[str, bytes] = {}
@@ -60,19 +82,54 @@ class Pools:
             replica = self._urls[upstream.url] = Replica(upstream.url)
         return [replica]
 
-    def pick(self, upstream: Upstream, tried: Collection[Replica] = ()) -> Replica | None:
+    def pick(
+        self,
+        upstream: Upstream,
+        tried: Collection[Replica] = (),
+        key: bytes | None = None,
+        strict: bool = False,
+    ) -> Replica | None:
         """The replica to ask next, None when all were tried or there is none.
 
-        One that is avoided is still better than none: avoiding is a preference, never a dead end.
+        Args:
+            key: what should stay on one replica (rendezvous hashing), as long as that is not much busier.
+            strict: None rather than one whose breaker is open; without it being left alone is a preference.
         """
         left = [r for r in self.replicas(upstream) if r not in tried]
-        if len(left) <= 1:
-            return left[0] if left else None
-        return min(self._usable(left), key=lambda r: r.in_flight)
+        if not left:
+            return None
+        now = time.monotonic()
+        if len(left) == 1:
+            chosen = left[0]
+            if strict and not chosen.closed(now):
+                return None
+        else:
+            usable = self._usable(left, now, strict)
+            if not usable:
+                return None
+            chosen = min(usable, key=lambda r: r.in_flight)
+            if key is not None:
+                chosen = _preferred(usable, key, chosen.in_flight + _SLACK)
+        if chosen.trips:
+            chosen.probe_until = now + _PROBE_S
+        return chosen
 
-    def eject(self, replica: Replica) -> None:
-        """Avoid a replica for a moment because it refused a connection."""
-        replica.avoid_until = time.monotonic() + self._eject_s
+    def failed(self, replica: Replica, connect: bool = False) -> bool:
+        """It failed a request; True when that opened its breaker. `connect`: it refused the connection."""
+        replica.failures += 1
+        replica.probe_until = 0.0
+        if not connect and not replica.trips and replica.failures < self._eject_failures:
+            return False
+        replica.trips += 1
+        wait = min(self._eject_max_s, self._eject_s * 2.0 ** min(replica.trips - 1, 16))
+        replica.open_until = time.monotonic() + wait * random.uniform(0.9, 1.1)
+        return True
+
+    def succeeded(self, replica: Replica) -> None:
+        """It answered: whatever was held against it is forgotten."""
+        if replica.failures or replica.trips:
+            replica.failures = replica.trips = 0
+            replica.probe_until = 0.0
 
     def authorization(self, upstream: Upstream) -> bytes:
         """The header line with the upstream's own key, empty when it has none."""
@@ -85,8 +142,14 @@ class Pools:
             line = self._keys[name] = f"authorization: Bearer {key}\r\n".encode("latin-1") if key else b""
         return line
 
-    def _usable(self, replicas: Iterable[Replica]) -> list[Replica]:
-        now, oldest = time.monotonic(), time.time() - self._max_age_s
-        everyone = list(replicas)
-        fresh = [r for r in everyone if r.seen_at >= oldest] or everyone
-        return [r for r in fresh if r.avoid_until <= now] or fresh
+    def _usable(self, replicas: list[Replica], now: float, strict: bool) -> list[Replica]:
+        oldest = time.time() - self._max_age_s
+        fresh = [r for r in replicas if r.seen_at >= oldest] or replicas
+        closed = [r for r in fresh if r.closed(now)]
+        return closed if closed or strict else fresh
+
+
+def _preferred(usable: list[Replica], key: bytes, most_in_flight: int) -> Replica:
+    """Highest random weight among those that are not too busy: the same key, the same replica, everywhere."""
+    able = [r for r in usable if r.in_flight <= most_in_flight]
+    return max(able, key=lambda r: hashlib.blake2b(r.url.encode(), key=key[:64], digest_size=8).digest())

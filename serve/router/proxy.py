@@ -1,4 +1,4 @@
-"""Who is asked, in which order, and who is charged: retries within an arm, fallback to stable, accounting.
+"""Who is asked, in which order, and who is charged: places, retries within an arm, help from other arms.
 
 The assigned arm is charged with its own failure even when a fallback saved the client. Knows nothing about
 bytes on the wire.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ import orjson
 
 from contracts.traffic import Arm, Outcome, Upstream
 from serve.request_log import RequestLog
+from serve.router.accounts import Accounts
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused, error_body
@@ -22,14 +24,17 @@ from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.ledger import Ledger
-from serve.router.metrics import Metrics
+from serve.router.limits import RetryBudget
+from serve.router.metrics import OTHER, Metrics
 from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, parse_error
 from serve.router.replies import send_json
+from serve.router.shadow import Shadows
 from serve.router.table import RouteTable
 
 _log = logging.getLogger("stillhouse.router")
 _TRIES_PER_ARM = 2
+_JITTER_S = 0.02
 
 
 class Proxy:
@@ -49,10 +54,12 @@ class Proxy:
         self._table = table
         self._pools = pools
         self._metrics = metrics
-        self._ledger = ledger
-        self._log = log
         self._intake = Intake(config, table)
+        self._accounts = Accounts(table, metrics, ledger, log)
+        self._ended = self._accounts.ended
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
+        self.shadows = Shadows(self._relay, self._accounts, table, pools, metrics, config.timeouts.total_s)
+        self._budgets: dict[str, RetryBudget] = {}
         self.active = 0
         """Requests that have not been answered to the end."""
 
@@ -66,8 +73,8 @@ class Proxy:
             ex = self._intake.exchange(request_id, endpoint, headers, body)
             await self._run(ex, receive, send)
         except RequestRefused as refused:
-            self._metrics.refused(refused.status, endpoint)
-            await send_json(send, refused.status, refused.body, request_id)
+            self._metrics.refused(refused.status, endpoint, refused.route or OTHER)
+            await send_json(send, refused.status, refused.body, request_id, refused.headers)
         finally:
             self.active -= 1
 
@@ -77,7 +84,12 @@ class Proxy:
         ex.metrics = self._metrics.arm(ex.route.split.route, ex.assignment.arm.value, ex.served.name)
         ex.metrics.in_flight.inc()
         guard = Guard(receive, self._config.timeouts.total_s)
+        limiter = ex.route.limiter
+        entered: float | None = None
         try:
+            if limiter is not None:
+                await limiter.enter(ex.priority)
+                entered = time.perf_counter()
             await self._arms(ex, guard, send)
         except asyncio.CancelledError:
             cause = guard.caught()
@@ -89,46 +101,79 @@ class Proxy:
             ex.error = repr(err)
             self._ended(ex, Outcome.CLIENT_CLOSED, 499)
         except RequestRefused:
-            self._release(ex)
+            self._accounts.release(ex)
             raise
         finally:
             guard.stop()
+            if limiter is not None and entered is not None:
+                limiter.leave(time.perf_counter() - entered)
             if not ex.ended:
                 self._ended(ex, Outcome.UPSTREAM_ERROR, 500)
+        if ex.route.settings.shadow is not None:
+            self.shadows.consider(ex)
 
     async def _arms(self, ex: Exchange, guard: Guard, send: Send) -> None:
-        """Ask the assigned arm, then stable if that is allowed and was not asked yet."""
-        failure = await self._ask_arm(ex, guard, send)
-        if failure is None:
-            return
-        if ex.canary_fallback_possible and self._config.fallback:
-            self._charge(ex, failure)
-            failure = await self._ask_arm(ex, guard, send)
-            if failure is None:
-                return
-        await self._fail(ex, failure, guard, send)
+        """Ask the assigned arm, then whoever may help it out."""
+        helpers = self._helpers(ex)
+        budget = self._budgets.get(ex.route.split.route)
+        if budget is None:
+            budget = self._budgets[ex.route.split.route] = RetryBudget(self._config.retry_ratio)
+        budget.earn()
+        failure = await self._ask_arm(ex, guard, send, budget, lenient=bool(helpers))
+        while failure is not None and helpers:
+            arm, upstream = helpers.pop(0)
+            if upstream.name == ex.served.name:
+                continue
+            self._charge(ex, failure, arm, upstream)
+            failure = await self._ask_arm(ex, guard, send, budget, lenient=bool(helpers))
+        if failure is not None:
+            await self._fail(ex, failure, guard, send)
 
-    async def _ask_arm(self, ex: Exchange, guard: Guard, send: Send) -> AttemptFailed | None:
+    def _helpers(self, ex: Exchange) -> list[tuple[Arm, Upstream]]:
+        """Who else may answer, best first."""
+        if not self._config.fallback:
+            return []
+        others = [(Arm.FALLBACK, u) for u in ex.route.settings.fallbacks]
+        if ex.assignment.arm is Arm.CANARY:
+            return [(Arm.STABLE, ex.route.split.stable), *others]
+        return others
+
+    async def _ask_arm(
+        self, ex: Exchange, guard: Guard, send: Send, budget: RetryBudget, lenient: bool
+    ) -> AttemptFailed | None:
         """Try the replicas of the arm that serves; None when the client has its answer."""
-        lenient = ex.canary_fallback_possible and self._config.fallback
         upstream = ex.served
         tried: list[Replica] = []
         failure = AttemptFailed(f"{upstream.name}: no replica is registered", status=503)
+        if lenient and self._pools.replicas(upstream):
+            failure = AttemptFailed(
+                f"{upstream.name}: every replica failed just now and is left alone", status=503
+            )
         for attempt in range(_TRIES_PER_ARM):
-            replica = self._pools.pick(upstream, tried)
+            replica = self._pools.pick(upstream, tried, ex.affinity, strict=lenient)
             if replica is None:
                 if not tried or not failure.connect or lenient:
                     break
                 replica = tried[-1]  # nobody else to ask, and this one never saw the request
             if attempt:
+                if not budget.spend():
+                    break
                 self._metrics.retries.labels(ex.route.split.route, ex.served_arm.value).inc()
+                await asyncio.sleep(random.uniform(0.0, _JITTER_S))
             tried.append(replica)
             try:
                 await self._attempt(ex, upstream, replica, guard, send, lenient)
-                return None
             except AttemptFailed as err:
                 failure = err
+                if err.status >= 500 and self._pools.failed(replica, err.connect):
+                    self._metrics.ejections.labels(upstream.name).inc()
                 _log.info("request %s: %s", ex.request_id, err)
+                continue
+            if ex.outcome is Outcome.OK:
+                self._pools.succeeded(replica)
+            elif ex.outcome.failed and not ex.fell_back:
+                self._pools.failed(replica)
+            return None
         return failure
 
     async def _attempt(
@@ -143,15 +188,15 @@ class Proxy:
             assert cause is not None
             raise AttemptFailed(f"{upstream.name}: {cause.value}", Outcome.TIMEOUT, status=504) from None
 
-    def _charge(self, ex: Exchange, failure: AttemptFailed) -> None:
-        """The canary failed: remember that, and let stable serve."""
+    def _charge(self, ex: Exchange, failure: AttemptFailed, arm: Arm, upstream: Upstream) -> None:
+        """The assigned arm failed: remember that, and let somebody else serve."""
         split = ex.route.split
-        ex.outcome, ex.error = failure.outcome, str(failure)
-        ex.fell_back = True
+        if not ex.fell_back:
+            ex.outcome, ex.error = failure.outcome, str(failure)
+            ex.fell_back = True
         current = self._table.get(split.route)
-        ex.served_arm = Arm.STABLE
-        ex.served = split.stable
-        if not self._pools.replicas(split.stable) and current is not None:
+        ex.served_arm, ex.served = arm, upstream
+        if arm is Arm.STABLE and current is not None and not self._pools.replicas(upstream):
             ex.served = current.split.stable  # the old stable is gone since this request was assigned
         self._metrics.fallbacks.labels(split.route).inc()
 
@@ -166,7 +211,7 @@ class Proxy:
         if body is None:
             body = orjson.dumps(error_body(f"The model could not answer: {failure}.", "upstream_error"))
         await send_json(
-            send, failure.status, body, ex.request_id, ex.route.headers[ex.assignment.arm, ex.served_arm]
+            send, failure.status, body, ex.request_id, ex.route.headers(ex.assignment.arm, ex.served)
         )
 
     async def _give_up(self, ex: Exchange, cause: Cause, guard: Guard, send: Send) -> None:
@@ -178,48 +223,3 @@ class Proxy:
             await self._relay.break_stream(ex, Outcome.TIMEOUT, f"The answer timed out: {why}.", guard, send)
         else:
             await self._fail(ex, AttemptFailed(why, Outcome.TIMEOUT, status=504), guard, send)
-
-    def _ended(self, ex: Exchange, outcome: Outcome, status: int) -> None:
-        """Account for a request; called once, right before its client could know that it ended."""
-        if ex.ended:
-            return
-        self._release(ex)
-        if not ex.fell_back or outcome is Outcome.CLIENT_ERROR:
-            ex.outcome = outcome  # after a fallback the canary's failure stands, unless the request was bad
-        ex.status = status
-        ex.e2e_s = time.perf_counter() - ex.started
-        split = ex.route.split
-        metrics = ex.metrics
-        metrics.ended(ex.outcome, ex.endpoint)
-        self._metrics.responses.labels(split.route, str(status)).inc()
-        self._metrics.overhead.labels(split.route).observe(ex.overhead_s)
-        if ex.outcome is Outcome.OK:
-            metrics.e2e.observe(ex.e2e_s)
-            if ex.ttft_s is not None:
-                metrics.ttft.observe(ex.ttft_s)
-                tpot = ex.tpot_s()
-                if tpot is not None:
-                    metrics.tpot.observe(tpot)
-        self._count_tokens(ex)
-        if ex.outcome.counts:
-            key = ex.evidence()
-            if key is not None:
-                self._ledger.count(key, ex.outcome.failed, ex.ttft_s, ex.e2e_s)
-        if self._log is not None:
-            self._log.submit(ex)
-
-    def _count_tokens(self, ex: Exchange) -> None:
-        """Tokens are the serving arm's: it made them, whoever is charged with the request."""
-        metrics = ex.metrics
-        if ex.fell_back:
-            metrics = self._metrics.arm(ex.route.split.route, ex.served_arm.value, ex.served.name)
-        if ex.prompt_tokens:
-            metrics.prompt_tokens.inc(ex.prompt_tokens)
-        if ex.completion_tokens:
-            metrics.completion_tokens.inc(ex.completion_tokens)
-
-    def _release(self, ex: Exchange) -> None:
-        if not ex.ended:
-            ex.ended = True
-            self._table.release(ex.held)
-            ex.metrics.in_flight.dec()

@@ -70,7 +70,6 @@ class Relay:
             else:
                 await self._whole(ex, connection, await connection.read_all(), guard, send)
         except ConnectFailed as err:
-            self._pools.eject(replica)
             raise AttemptFailed(f"{upstream.name}: cannot connect to {err}", connect=True) from err
         except Broken as err:
             raise AttemptFailed(f"{upstream.name}: {err}") from err
@@ -207,7 +206,9 @@ def _asks_usage_itself(ex: Exchange) -> bool:
 
 def _upstream_body(ex: Exchange, upstream: Upstream) -> bytes:
     """The client's body with the upstream's model name in it; every other field stays as it is."""
-    body = {**ex.body, "model": upstream.model}
+    body = {**ex.route.settings.parameters, **ex.body, "model": upstream.model}
+    if ex.cap is not None:
+        body[ex.cap[0]] = ex.cap[1]
     if _asks_usage_itself(ex):
         body["stream_options"] = {**(ex.body.get("stream_options") or {}), "include_usage": True}
     try:
@@ -222,7 +223,7 @@ def _start(
     headers = [
         (b"content-type", content_type),
         (b"x-request-id", ex.request_id.encode()),
-        *ex.route.headers[ex.assignment.arm, ex.served_arm],
+        *ex.route.headers(ex.assignment.arm, ex.served),
     ]
     for name, value in connection.headers:
         if name in _PASSED_BACK or name.startswith(b"x-ratelimit-"):

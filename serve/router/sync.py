@@ -17,12 +17,14 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from contracts.errors import ConfigError, StateError
+from contracts.routes import RouteSettings
 from contracts.traffic import Split
 from serve.router.config import RouterConfig
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools
 from serve.router.table import RouteTable
+from serve.state.settings import SettingsState
 from serve.state.tables import open_state
 from serve.state.traffic import Endpoint, RouterReport, TrafficState
 
@@ -34,6 +36,7 @@ _FAILURES = (StateError, SQLAlchemyError, ValidationError, ConfigError, OSError)
 
 class _Seen(NamedTuple):
     splits: dict[str, Split]
+    settings: dict[str, RouteSettings]
     endpoints: dict[str, list[Endpoint]]
 
 
@@ -98,7 +101,7 @@ class StateSync:
             self._pools.apply(seen.endpoints)
         except ConfigError as err:
             _log.error("an endpoint in the state store is not a URL: %s", err)
-        if self._table.apply(seen.splits):
+        if self._table.apply(seen.splits, seen.settings):
             self._changed.set()
 
     async def _flush(self) -> None:
@@ -122,12 +125,14 @@ class StateSync:
 
     def _open(self) -> TrafficState:
         if self._state is None:
-            self._state = TrafficState(open_state(self._config.state_url))
+            engine = open_state(self._config.state_url)
+            self._settings = SettingsState(engine)
+            self._state = TrafficState(engine)
         return self._state
 
     def _read(self) -> _Seen:
         state = self._open()
-        return _Seen(state.splits(), state.endpoints())
+        return _Seen(state.splits(), self._settings.settings(), state.endpoints())
 
     def _write(self, report: RouterReport) -> None:
         # Evidence first: whoever sees a version reported here finds all that was counted before it.

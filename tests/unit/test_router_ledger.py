@@ -8,6 +8,7 @@ import threading
 
 from contracts.rollout import LATENCY_BUCKETS_S, ArmCounts
 from contracts.traffic import Arm, Split, Upstream
+from serve.router.config import RouterConfig
 from serve.router.ledger import EvidenceKey, Ledger, bucket_of
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools
@@ -17,6 +18,7 @@ from serve.state.traffic import Endpoint, TrafficState
 
 KEY = EvidenceKey("support", "r1", "canary", 4)
 STABLE = Upstream(name="teacher", model="big", url="http://127.0.0.1:1")
+POOLS = RouterConfig(state_url="sqlite://", eject_s=60)
 STUDENT = Upstream(name="student", model="small", app="student-1")
 
 
@@ -128,14 +130,14 @@ def endpoint(name: str, seen_at: float = 1e12) -> Endpoint:
 
 def test_the_least_busy_live_replica_is_picked() -> None:
     """Replicas that refuse or went silent are avoided, but one of them is still better than none."""
-    pools = Pools(eject_s=60, max_age_s=15)
+    pools = Pools(POOLS)
     pools.apply({"student-1": [endpoint("a"), endpoint("b"), endpoint("c", seen_at=0.0)]})
     a, b, c = pools.replicas(STUDENT)
     a.in_flight = 2
     assert pools.pick(STUDENT) is b
-    pools.eject(b)
+    pools.failed(b, connect=True)
     assert pools.pick(STUDENT) is a
-    pools.eject(a)
+    pools.failed(a, connect=True)
     assert pools.pick(STUDENT) is b
     assert pools.pick(STUDENT, [a, b]) is c
     assert pools.pick(STUDENT, [a, b, c]) is None
@@ -143,7 +145,7 @@ def test_the_least_busy_live_replica_is_picked() -> None:
 
 def test_a_replica_keeps_its_counts_over_polls() -> None:
     """Reading the endpoints again does not forget who is busy, nor resurrect who left."""
-    pools = Pools(eject_s=60, max_age_s=15)
+    pools = Pools(POOLS)
     pools.apply({"student-1": [endpoint("a"), endpoint("b")]})
     pools.replicas(STUDENT)[0].in_flight = 7
     pools.apply({"student-1": [endpoint("a")]})
