@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 
 from contracts.config import write_atomic
 from contracts.errors import EngineError
+from contracts.plugins import load_function
 from distill_jobs.config import EngineConfig, EvaluateConfig
 from distill_jobs.engine import engine_name, read_lines, run_engine, write_lines
+from distill_jobs.evaluation_set import read_requests
 from distill_jobs.keys import output_file, sha256_of
 from distill_jobs.measures import accuracy, against_teacher, perplexity
-from distill_jobs.plugins import load_function, read_requests
 from distill_jobs.progress import Progress
 from distill_jobs.quantize import params_of
 from distill_jobs.stage import Result, locked

@@ -18,8 +18,8 @@ from contracts.gates import GateReport
 from distill_jobs import collect, evaluate, gate, publish, quantize, teach, train
 from distill_jobs.collecting.window import Segment, pin_window
 from distill_jobs.config import DistillConfig
+from distill_jobs.evaluation_set import pin_dataset
 from distill_jobs.keys import key_config, model_digest, model_folder
-from distill_jobs.plugins import pin_dataset
 from distill_jobs.progress import Listener, Progress
 from distill_jobs.stage import ORDER, Job, Work, locked, read_manifest
 from registry.digest import digest_file

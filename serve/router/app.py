@@ -7,7 +7,6 @@ about how it is hosted.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import re
@@ -15,13 +14,12 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from contracts.errors import ConfigError
+from contracts.plugins import load_function
 from serve.request_log import RequestLog, SegmentWriter, recover
-from serve.request_log.log import Grader
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import error_body
@@ -56,7 +54,7 @@ class RouterApp:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.replica = replica_name()
-        self._grader = load_grader(config.grader) if config.grader is not None else None
+        self._grader = load_function(config.grader, "router.grader") if config.grader is not None else None
         self._draining = False
         self._proxy: Proxy | None = None
 
@@ -181,18 +179,6 @@ def replica_name() -> str:
     """host-pid-random: unique for every start of every process."""
     host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64] or "host"
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def load_grader(spec: str) -> Grader:
-    """Import 'module:function'. Raises ConfigError."""
-    module, _, name = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as err:
-        raise ConfigError(f"grader {spec!r} cannot be imported: {err}") from err
-    if not callable(found):
-        raise ConfigError(f"grader {spec!r} is not a function")
-    return cast(Callable[[dict[str, Any], str], bool | None], found)
 
 
 def _path(scope: dict[str, Any]) -> str:

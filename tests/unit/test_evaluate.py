@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from contracts.errors import ConfigError, ConflictError, DataError, EngineError
+from contracts.plugins import load_function
 from distill_jobs import evaluate
 from distill_jobs.config import EngineConfig, EvaluateConfig
 from distill_jobs.engine import read_lines, write_lines
 from distill_jobs.evaluate import Subjects
-from distill_jobs.plugins import load_function, pin_dataset, read_requests
+from distill_jobs.evaluation_set import pin_dataset, read_requests
 from distill_jobs.progress import Progress
 from distill_jobs.stage import locked
 from tests.integration.pipeline_world import write_model

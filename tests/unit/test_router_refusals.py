@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import ConfigError
+from contracts.plugins import load_function
 from contracts.traffic import Split, Upstream
-from serve.router.app import RouterApp, create_app, load_grader
+from serve.router.app import RouterApp, create_app
 from serve.router.config import RouterConfig
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
@@ -194,4 +195,4 @@ async def test_a_store_that_is_down_does_not_stop_the_router(tmp_path: Path) -> 
 def test_a_grader_that_is_not_there_is_found_at_the_start(spec: str) -> None:
     """A misspelt grader stops the router before traffic, not at the first answer."""
     with pytest.raises(ConfigError):
-        load_grader(spec)
+        load_function(spec, "router.grader")

@@ -1,43 +1,20 @@
-"""Functions named in configuration as "module:function": graders and dataset generators.
+"""The requests an evaluation asks: a JSONL file, or what a user's function yields, pinned by its digest.
 
-The door by which a user's code comes in; nothing here imports any of it by name.
+Knows nothing about models or graders.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from contracts.config import canonical_json, write_atomic
 from contracts.errors import ConfigError, DataError
+from contracts.plugins import load_function
 from distill_jobs.config import EvaluateConfig
 from distill_jobs.keys import sha256_of
 from registry.digest import digest_file
-
-Grader = Callable[[dict[str, Any], str], "bool | None"]
-
-
-def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Import "module:function". Raises: ConfigError naming the configuration field."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ConfigError(f"{field}: {name!r} is not 'module:function'.")
-    if os.getcwd() not in sys.path:
-        # Users keep their grader beside their configuration; console scripts don't look in the current
-        # folder.
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as err:
-        raise ConfigError(f"{field}: {name!r} cannot be imported ({err}).") from err
-    if not callable(function):
-        raise ConfigError(f"{field}: {name!r} is not a function.")
-    return function  # type: ignore[no-any-return]
 
 
 def pin_dataset(config: EvaluateConfig, workdir: Path) -> tuple[Path, str]:
