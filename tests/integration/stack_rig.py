@@ -119,6 +119,14 @@ class LiveStack:
         chunks = completions.create(messages=messages, stream=True, **arguments)
         return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 
+    def ready(self) -> bool:
+        """Whether a router says that the next request will be answered."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/ready", timeout=10) as reply:
+                return bool(reply.status == 200)
+        except OSError:  # 503, or nobody there
+            return False
+
     def metrics(self) -> str:
         """The text of /metrics."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:

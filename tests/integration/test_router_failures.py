@@ -55,7 +55,7 @@ def test_a_failing_canary_costs_clients_nothing_and_is_charged(world: World, bro
     """However the canary fails before its first token, stable answers, and the canary is charged."""
     world.canary.control(**broken)
     world.split(1, weight=0.5)
-    router = world.router()
+    router = world.router(eject_failures=1000)  # its breaker stays closed: every request shall reach it
     texts = ask_all(router, 40)
     assert set(texts) <= {"tick " * 8, "tock " * 8}
     canary_was_asked = world.canary.status()["requests"]

@@ -71,6 +71,8 @@ def test_a_killed_engine_replica_comes_back_without_orphans(stack: LiveStack) ->
         return len(fresh) == 1 and fresh[0].pid not in pids
 
     wait_until("a new replica is registered", back, 240)
+    wait_until("a router has seen it", stack.ready, 10)
+    time.sleep(0.5)  # so has the other one: they look every 0.2 s
     assert stack.ask("are you back")
 
 
