@@ -43,6 +43,8 @@ def haproxy_environment(folder: Path, drain_s: float = 2.0) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # Ray replaces a dead HAProxy after three failed looks, by default ten seconds apart.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
     }
 
 

@@ -52,7 +52,9 @@ class LiveStack:
                 {
                     "run_dir": str(folder / "run"),
                     "http": {"port": free_port()},
-                    "upstreams": {"teacher": {"engine": {"model": str(self.teacher), **ENGINE}}},
+                    "upstreams": {
+                        "teacher": {"engine": {"model": str(self.teacher), "num_replicas": 2, **ENGINE}}
+                    },
                     "routes": {"support": "teacher"},
                     "router": {"replicas": 2},
                     "students": {**ENGINE, "drain_timeout_s": 20},
@@ -101,11 +103,13 @@ class LiveStack:
         """`stillhouse down`."""
         return self.cli("down").stdout
 
-    def client(self) -> Any:
+    def client(self, **changes: Any) -> Any:
         """The official client, without retries so that nothing is hidden."""
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=60)
+        return OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "-", "max_retries": 0, "timeout": 60, **changes}
+        )
 
     def ask(self, text: str = "hello there", stream: bool = False, **more: Any) -> str:
         """One chat completion; returns the text."""
@@ -136,13 +140,19 @@ class LiveStack:
         """Ray worker processes of the stack: pid → title."""
         return {p.pid: title(p) for p in psutil.Process(self.record.pid).children(recursive=True)}
 
+    def replica_pids(self, app: str) -> list[int]:
+        """The pids of an application's Ray Serve replicas."""
+        return [pid for pid, name in self.processes().items() if name.startswith(f"ray::ServeReplica:{app}:")]
+
     def replica_pid(self, app: str) -> int:
         """The pid of the only Ray Serve replica of an application."""
-        found = [
-            pid for pid, name in self.processes().items() if name.startswith(f"ray::ServeReplica:{app}:")
-        ]
+        found = self.replica_pids(app)
         assert len(found) == 1, f"{app}: {found}"
         return found[0]
+
+    def haproxy_pids(self) -> list[int]:
+        """The pids of the HAProxy processes in front of the routers."""
+        return [p for p, name in self.processes().items() if "haproxy" in name.split(" ", 1)[0].lower()]
 
     def last_rollout(self) -> StoredRollout:
         """The latest rollout."""

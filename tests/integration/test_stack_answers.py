@@ -45,7 +45,7 @@ def test_status_names_routes_upstreams_and_replicas(stack: LiveStack) -> None:
     facts = json.loads(stack.cli("status", "--json").stdout)
     assert facts["stack"]["phase"] == "ready"
     assert facts["routes"]["support"]["stable"] == "teacher"
-    assert len(facts["upstreams"]["teacher"]["replicas"]) == 1
+    assert len(facts["upstreams"]["teacher"]["replicas"]) == 2
     assert len(facts["routers"]) == 2
     assert "support" in stack.cli("status").stdout
 

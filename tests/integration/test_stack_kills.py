@@ -1,4 +1,4 @@
-"""SIGKILL where it hurts: an engine replica, the controller in mid-ramp. Nobody notices for long."""
+"""SIGKILL under load: an engine replica, a router, HAProxy, the controller in mid-ramp. Nobody notices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import pytest
+from openai import APIError
 
 from contracts.rollout import Phase
-from serve.app import CONTROLLER_APP
+from serve.app import CONTROLLER_APP, ROUTER_APP
 from tests.integration.stack_rig import LiveStack, family, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -22,58 +24,123 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 @dataclass
 class Load:
-    """What a background client saw."""
+    """What background clients saw."""
 
     answered: int = 0
     failed: list[str] = field(default_factory=list)
+    streamed: int = 0
+    broken: list[str] = field(default_factory=list)
+    """Streams that ended with an error event."""
+    silent: list[str] = field(default_factory=list)
+    """Streams that ended any other way than whole or with an error event."""
+
+
+def conversation() -> dict[str, Any]:
+    return {
+        "model": "support",
+        "max_tokens": 24,
+        "messages": [{"role": "user", "content": f"conversation {time.monotonic_ns()}"}],
+        "extra_body": {"ignore_eos": True},
+    }
+
+
+def ask_whole(client: Any, seen: Load) -> None:
+    try:
+        client.chat.completions.create(**conversation())
+        seen.answered += 1
+    except Exception as err:  # noqa: BLE001 reason: every failure counts, whatever it is
+        seen.failed.append(repr(err)[:300])
+
+
+def ask_streaming(client: Any, seen: Load) -> None:
+    finished = False
+    try:
+        for chunk in client.chat.completions.create(**conversation(), stream=True):
+            finished = finished or bool(chunk.choices and chunk.choices[0].finish_reason)
+    except APIError as err:
+        event = type(err) is APIError or err.code in ("broken_stream", "timeout")
+        (seen.broken if event else seen.silent).append(repr(err)[:300])
+        return
+    except Exception as err:  # noqa: BLE001 reason: whatever else ends a stream is a silent end to its user
+        seen.silent.append(repr(err)[:300])
+        return
+    seen.streamed += 1
+    if not finished:
+        seen.silent.append("no finish_reason")
 
 
 @contextmanager
-def load(stack: LiveStack, per_second: float = 8.0) -> Iterator[Load]:
-    """Conversations that keep coming, each a new one, until the block ends."""
+def load(stack: LiveStack, per_second: float = 8.0, streams: bool = False, **client: Any) -> Iterator[Load]:
+    """Conversations that keep coming, four at a time, each a new one, until the block ends."""
     seen, stop = Load(), threading.Event()
 
-    def run() -> None:
-        client = stack.client()
-        while not stop.wait(1 / per_second):
-            try:
-                client.chat.completions.create(
-                    model="support",
-                    max_tokens=4,
-                    messages=[{"role": "user", "content": f"conversation {time.monotonic_ns()}"}],
-                )
-                seen.answered += 1
-            except Exception as err:  # noqa: BLE001 - every failure counts, whatever it is
-                seen.failed.append(repr(err))
+    def run(number: int) -> None:
+        mine = stack.client(**client)
+        while not stop.wait(4 / per_second):
+            (ask_streaming if streams and number % 2 else ask_whole)(mine, seen)
 
-    thread = threading.Thread(target=run)
-    thread.start()
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
     try:
         yield seen
     finally:
         stop.set()
-        thread.join(60)
+        for thread in threads:
+            thread.join(60)
 
 
-def test_a_killed_engine_replica_comes_back_without_orphans(stack: LiveStack) -> None:
-    """SIGKILL of a replica takes its vLLM with it at once, and Ray Serve starts both again."""
+def test_a_killed_engine_replica_costs_no_request_and_comes_back_without_orphans(stack: LiveStack) -> None:
+    """SIGKILL of one of two replicas under load: its vLLM goes with it, requests go to the other one, streams
+    that were in it end with an error event, and Ray Serve starts it again."""
     app = "upstream-teacher"
-    replica = stack.replica_pid(app)
+    before = {e.url for e in stack.traffic.endpoints()[app]}
+    replica = stack.replica_pids(app)[0]
     vllm = family(replica)[1:]
     assert len(vllm) >= 3
-    os.kill(replica, signal.SIGKILL)
-    _, alive = psutil.wait_procs(vllm, timeout=30)
-    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    pids = {p.pid for p in vllm}
+    with load(stack, 12, streams=True) as seen:
+        wait_until("requests are answered", lambda: seen.answered > 10 and seen.streamed > 10)
+        os.kill(replica, signal.SIGKILL)
+        _, alive = psutil.wait_procs(vllm, timeout=30)
+        assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
-    def back() -> bool:
-        fresh = stack.traffic.endpoints(5).get(app, [])
-        return len(fresh) == 1 and fresh[0].pid not in pids
+        def back() -> bool:
+            fresh = {e.url for e in stack.traffic.endpoints(5).get(app, [])}
+            return len(fresh) == 2 and bool(fresh - before)
 
-    wait_until("a new replica is registered", back, 240)
-    wait_until("a router has seen it", stack.ready, 10)
-    time.sleep(0.5)  # so has the other one: they look every 0.2 s
-    assert stack.ask("are you back")
+        wait_until("a new replica is registered", back, 240)
+        answered = seen.answered
+        wait_until("requests go on", lambda: seen.answered > answered + 10)
+    assert seen.failed == []
+    assert seen.silent == []
+    assert len(seen.broken) <= 2  # no more than were running in it
+
+
+def test_a_killed_router_replica_costs_no_request(stack: LiveStack) -> None:
+    """SIGKILL of one of two routers: the unchanged client (it retries by itself) sees no failure."""
+    replica = stack.replica_pids(ROUTER_APP)[0]
+    with load(stack, 12, max_retries=2) as seen:
+        wait_until("requests are answered", lambda: seen.answered > 10)
+        os.kill(replica, signal.SIGKILL)
+        wait_until("it is back", lambda: len(set(stack.replica_pids(ROUTER_APP)) - {replica}) == 2, 120)
+        answered = seen.answered
+        wait_until("requests go on", lambda: seen.answered > answered + 20)
+    assert seen.failed == []
+
+
+def test_a_killed_haproxy_is_back_within_the_clients_retries(stack: LiveStack) -> None:
+    """SIGKILL of the one load balancer of this machine: Ray starts another in seconds. The official client's
+    own retries bridge that when it is allowed six of them (its default, two, last about two seconds)."""
+    killed = stack.haproxy_pids()
+    assert killed
+    with load(stack, 12, max_retries=6) as seen:
+        wait_until("requests are answered", lambda: seen.answered > 10)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        wait_until("another one runs", lambda: bool(set(stack.haproxy_pids()) - set(killed)), 120)
+        answered = seen.answered
+        wait_until("requests go on", lambda: seen.answered > answered + 20)
+    assert seen.failed == []
 
 
 def test_a_killed_controller_resumes_the_ramp_and_promotes(stack: LiveStack) -> None:
