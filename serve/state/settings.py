@@ -49,7 +49,10 @@ class SettingsState:
                     ) from err
                 return
             where = and_(route_settings.c.route == route, route_settings.c.version == version - 1)
-            if db.execute(update(route_settings).where(where).values(version=version, body=body)).rowcount != 1:
+            if (
+                db.execute(update(route_settings).where(where).values(version=version, body=body)).rowcount
+                != 1
+            ):
                 raise ConflictError(
                     f"settings of route {route!r} were changed by somebody else: "
                     f"they are not at version {version - 1} any more."
