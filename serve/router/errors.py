@@ -5,6 +5,7 @@ Knows nothing about upstreams or sockets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from contracts.errors import EngineError, StillhouseError
@@ -20,11 +21,19 @@ class RequestRefused(StillhouseError):
     """The router itself will not pass this request on; carries the reply."""
 
     def __init__(
-        self, message: str, status: int = 400, code: str | None = None, param: str | None = None
+        self,
+        message: str,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        *,
+        kind: str = "invalid_request_error",
+        headers: Iterable[tuple[bytes, bytes]] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = error_body(message, "invalid_request_error", code, param)
+        self.body = error_body(message, kind, code, param)
+        self.headers = headers
 
 
 class AttemptFailed(EngineError):

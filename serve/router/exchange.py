@@ -24,9 +24,9 @@ class Exchange:
 
     __slots__ = (
         "assignment", "body", "chunks", "client_wants_usage", "completion_tokens", "e2e_s", "ended",
-        "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "prompt_tokens",
-        "request_id", "response", "route", "served", "served_arm", "started", "status", "stream",
-        "streamed", "trace", "ts", "ttft_s",
+        "endpoint", "error", "fell_back", "held", "key_id", "metrics", "outcome", "overhead_s",
+        "prompt_tokens", "request_id", "response", "route", "served", "served_arm", "started", "status",
+        "stream", "streamed", "trace", "ts", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +53,8 @@ class Exchange:
         self.client_wants_usage = options is not None and (
             not isinstance(options, dict) or bool(options.get("include_usage"))
         )
+        self.key_id: str | None = None
+        """The API key that asked; never its secret."""
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
@@ -102,6 +104,7 @@ class Exchange:
         return RequestRow(
             request_id=self.request_id,
             ts=self.ts,
+            key_id=self.key_id,
             route=split.route,
             endpoint=self.endpoint,
             arm=assignment.arm,

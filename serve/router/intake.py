@@ -13,12 +13,14 @@ from typing import Any
 
 import orjson
 
+from contracts.keys import ApiKey
 from contracts.traffic import Arm
 from serve.router.assign import assign, unit_of
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
 from serve.router.guard import Receive
+from serve.router.keys import KeyTable, in_scope
 from serve.router.table import Route, RouteTable
 
 Headers = dict[bytes, bytes]
@@ -31,9 +33,10 @@ _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 class Intake:
     """Makes exchanges of requests, under one configuration."""
 
-    def __init__(self, config: RouterConfig, table: RouteTable) -> None:
+    def __init__(self, config: RouterConfig, table: RouteTable, keys: KeyTable) -> None:
         self._config = config
         self._table = table
+        self._keys = keys
         self._conversation = config.conversation_header.encode()
         self._wanted = frozenset(
             (b"x-request-id", b"x-stillhouse-arm", b"content-length", self._conversation, *_PASSED_ON)
@@ -65,11 +68,13 @@ class Intake:
             raise _too_large(limit)
         return body
 
-    def exchange(self, request_id: str, endpoint: str, headers: Headers, body: bytes) -> Exchange:
+    def exchange(
+        self, request_id: str, endpoint: str, headers: Headers, body: bytes, key: ApiKey | None
+    ) -> Exchange:
         """Parse, find the route and decide the arm. Raises RequestRefused. Never waits."""
         started = time.perf_counter()
         parsed = _parse(body)
-        route = self._route(parsed.get("model"))
+        route = self._route(parsed.get("model"), key)
         override = self._override(headers, route)
         try:
             conversation = headers.get(self._conversation, b"").decode("utf-8", "replace")
@@ -78,17 +83,20 @@ class Intake:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
         trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
         assignment = assign(route.split, kind, unit, override)
-        return Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        ex.key_id = key.id if key is not None else None
+        return ex
 
-    def _route(self, model: object) -> Route:
+    def _route(self, model: object, key: ApiKey | None) -> Route:
         if not isinstance(model, str) or not model:
             raise RequestRefused("'model' is required and must be the name of a route.", param="model")
         route = self._table.get(model)
         if route is None:
-            names = ", ".join(self._table.names()) or "none yet"
+            names = ", ".join(n for n in self._table.names() if in_scope(key, n)) or "none yet"
             raise RequestRefused(
                 f"The model {model[:128]!r} does not exist. Routes: {names}.", 404, "model_not_found", "model"
             )
+        self._keys.check_route(key, route.split.route)
         return route
 
     def _override(self, headers: Headers, route: Route) -> Arm | None:

@@ -21,6 +21,7 @@ from serve.router.errors import AttemptFailed, RequestRefused, error_body
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
+from serve.router.keys import KeyTable
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools, Replica
@@ -44,6 +45,7 @@ class Proxy:
         metrics: Metrics,
         ledger: Ledger,
         log: RequestLog | None,
+        keys: KeyTable,
     ) -> None:
         self._config = config
         self._table = table
@@ -51,7 +53,8 @@ class Proxy:
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
-        self._intake = Intake(config, table)
+        self._keys = keys
+        self._intake = Intake(config, table, keys)
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -62,12 +65,13 @@ class Proxy:
         request_id = request_id_of(headers)
         self.active += 1
         try:
+            key = self._keys.admit(scope["headers"])
             body = await self._intake.read_body(headers, receive)
-            ex = self._intake.exchange(request_id, endpoint, headers, body)
+            ex = self._intake.exchange(request_id, endpoint, headers, body, key)
             await self._run(ex, receive, send)
         except RequestRefused as refused:
             self._metrics.refused(refused.status, endpoint)
-            await send_json(send, refused.status, refused.body, request_id)
+            await send_json(send, refused.status, refused.body, request_id, refused.headers)
         finally:
             self.active -= 1
 
@@ -201,6 +205,7 @@ class Proxy:
                 if tpot is not None:
                     metrics.tpot.observe(tpot)
         self._count_tokens(ex)
+        self._keys.ended(ex.key_id, ex.prompt_tokens, ex.completion_tokens)
         if ex.outcome.counts:
             key = ex.evidence()
             if key is not None:

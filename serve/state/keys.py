@@ -1,7 +1,7 @@
 """API keys and what they used: keys by id, and counts by key, router process and minute.
 
-The secret of a key exists here for one moment, in `new_key`; what is stored is its digest. Every method is one
-short transaction. Knows nothing about HTTP or about limits.
+The secret of a key exists here for one moment, in `new_key`; what is stored is its digest. Every method is
+one short transaction. Knows nothing about HTTP or about limits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def digest_of(secret: bytes) -> str:
 
 
 def new_key(name: str, **fields: Any) -> tuple[ApiKey, str]:
-    """A key that is not stored yet, and its secret: 256 random bits. Raises: ConfigError naming bad fields."""
+    """A key that is not stored yet, and its secret of 256 random bits. Raises: ConfigError."""
     secret = PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
     made = {
         "id": f"key-{secrets.token_hex(6)}",
@@ -150,7 +150,7 @@ class KeyState:
     def usage(
         self, key_id: str | None = None, since_hour: int = 0, until_hour: int = 2**40
     ) -> list[KeyUsage]:
-        """What keys used by hour, summed over all routers: hours from `since` up to, not including, `until`."""
+        """What keys used by hour, over all routers, from `since_hour` up to and without `until_hour`."""
         query = _by_hour().where(key_usage.c.minute >= since_hour * 60, key_usage.c.minute < until_hour * 60)
         if key_id is not None:
             query = query.where(key_usage.c.key_id == key_id)
@@ -196,20 +196,23 @@ def _unknown(key_id: str) -> NotFoundError:
 
 def _by_hour() -> Select[Any]:
     c = key_usage.c
-    hour = c.minute - c.minute % 60
+    hour = c.minute // 60
     sums = (func.sum(c.requests), func.sum(c.prompt_tokens), func.sum(c.completion_tokens))
-    return (
-        select(c.key_id, (hour / 60).label("hour"), *sums).group_by(c.key_id, hour).order_by(hour, c.key_id)
-    )
+    return select(c.key_id, hour, *sums).group_by(c.key_id, hour).order_by(hour, c.key_id)
 
 
 def _upsert(db: Connection, rows: list[dict[str, Any]], *, add: bool) -> None:
-    """Insert rows; where one exists its counts are replaced, or added to."""
-    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
+    """Insert rows; where one exists its counts are added to, or raised: counts never fall, so that an
+    older write that arrives late changes nothing."""
+    on_postgresql = db.dialect.name == "postgresql"
+    dialect = postgresql if on_postgresql else sqlite
+    larger = func.greatest if on_postgresql else func.max
     statement = dialect.insert(key_usage)
     counts = ("requests", "prompt_tokens", "completion_tokens")
     new = {
-        name: key_usage.c[name] + statement.excluded[name] if add else statement.excluded[name]
+        name: key_usage.c[name] + statement.excluded[name]
+        if add
+        else larger(key_usage.c[name], statement.excluded[name])
         for name in counts
     }
     key = ["key_id", "replica", "minute"]
