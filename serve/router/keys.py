@@ -55,7 +55,7 @@ class KeyTable:
             return None
         if not self.loaded:
             self._refuse("not_loaded", "The router has not read its API keys yet.", 503, kind="server_error")
-        secret = _secret(headers)
+        secret = secret_of(headers)
         if secret is None:
             self._unauthorized(
                 "missing", "You didn't provide an API key. Send it as 'Authorization: Bearer KEY'."
@@ -158,7 +158,7 @@ def in_scope(key: ApiKey | None, route: str) -> bool:
     return key is None or key.routes is None or route in key.routes
 
 
-def _secret(headers: HeaderLines) -> bytes | None:
+def secret_of(headers: HeaderLines) -> bytes | None:
     """The key a client sent: OpenAI's clients as a bearer token, Anthropic's as x-api-key."""
     found = None
     for name, value in headers:
