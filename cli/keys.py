@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from cli.store import Config, State, open_store
 from contracts.errors import ConfigError, NotFoundError
@@ -65,7 +66,9 @@ def create(
     if json_out:
         typer.echo(json.dumps({**_public(key), "secret": secret}, indent=2))
         return
-    console.print(f"Key [bold]{key.id}[/] for {name!r}. Its secret, shown this once and stored nowhere:")
+    console.print(
+        f"Key [bold]{key.id}[/] for {escape(name)}. Its secret, shown this once and stored nowhere:"
+    )
     typer.echo(secret)
     for missing in unknown:
         console.print(f"[yellow]There is no route {missing!r} yet.[/]")
@@ -81,10 +84,10 @@ def list_keys(json_out: Json = False, config: Config = None, state_url: State = 
     if not keys:
         console.print("No keys yet; 'stillhouse keys create NAME' makes one.")
         return
-    table = Table("id", "name", "scope", "requests/min", "tokens/min", "state")
+    table = Table(Column("id", no_wrap=True), "name", "scope", "requests/min", "tokens/min", "state")
     for k in keys:
         per_minute = (str(limit or "-") for limit in (k.requests_per_minute, k.tokens_per_minute))
-        table.add_row(k.id, k.name, _scope(k), *per_minute, _state(k))
+        table.add_row(k.id, escape(k.name), _scope(k), *per_minute, _state(k))
     console.print(table)
 
 
@@ -97,7 +100,7 @@ def show(key: Key, json_out: Json = False, config: Config = None, state_url: Sta
         return
     table = Table(show_header=False, box=None)
     for field, value in _public(found).items():
-        table.add_row(field, _when(value) if field.endswith("_at") and value else str(value))
+        table.add_row(field, _when(value) if field.endswith("_at") and value else escape(str(value)))
     table.add_row("state", _state(found))
     console.print(table)
 
@@ -153,10 +156,12 @@ def usage(
         console.print(f"Nothing was used in the last {hours} h.")
         return
     names = {k.id: k.name for k in state.keys().values()}
-    table = Table("hour (UTC)", "key", "name", "requests", "prompt tokens", "completion tokens")
+    table = Table(
+        "hour (UTC)", Column("key", no_wrap=True), "name", "requests", "prompt tokens", "completion tokens"
+    )
     for u in found:
         counts = (u.requests, u.prompt_tokens, u.completion_tokens)
-        table.add_row(_when(u.hour * 3600), u.key_id, names.get(u.key_id, "-"), *map(str, counts))
+        table.add_row(_when(u.hour * 3600), u.key_id, escape(names.get(u.key_id, "-")), *map(str, counts))
     console.print(table)
 
 

@@ -18,9 +18,7 @@ Config = Annotated[
 ]
 State = Annotated[
     str | None,
-    typer.Option(
-        "--state-url", envvar="STILLHOUSE_STATE_URL", help="State store of routers that no stack runs."
-    ),
+    typer.Option("--state-url", help="State store of routers that no stack runs."),
 ]
 
 
