@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine, Select, and_, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, and_, delete, func, insert, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -157,7 +157,9 @@ class KeyState:
         with self._engine.connect() as db:
             rows = db.execute(query).all()
         return [
-            KeyUsage(key_id=key, hour=hour, requests=int(n), prompt_tokens=int(p), completion_tokens=int(c))
+            KeyUsage(
+                key_id=key, hour=int(hour), requests=int(n), prompt_tokens=int(p), completion_tokens=int(c)
+            )
             for key, hour, n, p, c in rows
         ]
 
@@ -196,7 +198,7 @@ def _unknown(key_id: str) -> NotFoundError:
 
 def _by_hour() -> Select[Any]:
     c = key_usage.c
-    hour = c.minute // 60
+    hour = c.minute // literal_column("60")  # a parameter here and in GROUP BY is not the same to PostgreSQL
     sums = (func.sum(c.requests), func.sum(c.prompt_tokens), func.sum(c.completion_tokens))
     return select(c.key_id, hour, *sums).group_by(c.key_id, hour).order_by(hour, c.key_id)
 
