@@ -100,6 +100,8 @@ def _print_error(err: StillhouseError) -> None:
 
 
 lazy.add(app, "distill", "distill_jobs.cli:distill", "Distil logged traffic into a quantized student.")
+lazy.add(app, "keys", "cli.keys:app", "API keys: who may ask the routers, for what, and how much.")
+lazy.add(app, "routes", "cli.routes:app", "Routes: their splits, names, defaults and limits.")
 lazy.add(app, "rollout", "serve.rollout.cli:app", "Move a route onto a student, step by step, on evidence.")
 
 __all__: list[Any] = ["app", "main"]

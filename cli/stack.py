@@ -141,12 +141,13 @@ def _wait_ready(
 def _print_ready(config: ServeConfig, record: StackRecord) -> None:
     seconds = (record.ready_at or 0) - record.started_at
     route = next(iter(config.routes))
+    key = "sk-sh-..." if config.router.keys else "-"
     names = ", ".join(config.routes)
     console.print(f"[green]ready[/] in {seconds:.0f} s: {record.url}/v1 (routes: {names})", soft_wrap=True)
     console.print(
         f"""
 from openai import OpenAI
-client = OpenAI(base_url="{record.url}/v1", api_key="-")
+client = OpenAI(base_url="{record.url}/v1", api_key="{key}")
 reply = client.chat.completions.create(
     model="{route}", messages=[{{"role": "user", "content": "Where is my order 1234?"}}]
 )
@@ -155,6 +156,10 @@ print(reply.choices[0].message.content)
         markup=False,
         soft_wrap=True,
     )
+    if config.router.keys:
+        console.print("Requests need a key: 'stillhouse keys create NAME' makes one.")
+    if record.admin_url:
+        console.print(f"Admin API: {record.admin_url}; 'stillhouse keys create NAME --admin' makes its key.")
 
 
 def _python_path() -> str:

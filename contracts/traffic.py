@@ -180,3 +180,5 @@ class RequestRow(Record):
     response: dict[str, Any] | None = None
     """The whole response body of a non-streaming request."""
     error: str | None = None
+    key_id: str | None = None
+    """The API key that asked; None where keys are off."""

@@ -32,6 +32,13 @@ class HttpSection(StrictConfig):
     port: int = Field(default=8000, ge=1, le=65535)
 
 
+class AdminSection(StrictConfig):
+    """Where the admin API listens; whoever uses it needs an admin key."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=1, le=65535)
+
+
 class RaySection(StrictConfig):
     """The Ray that runs everything. One of our own by default, an existing cluster by `address`."""
 
@@ -132,6 +139,8 @@ class ServeConfig(StrictConfig):
     registry_uri: str = ""
     """MLflow tracking URI; default: SQLite in run_dir."""
     http: HttpSection = HttpSection()
+    admin: AdminSection | None = None
+    """The admin API beside the stack; None: it is not started."""
     ray: RaySection = RaySection()
     router: RouterSection = RouterSection()
     upstreams: dict[str, UpstreamSection]

@@ -11,6 +11,7 @@ import time
 from contracts.traffic import Arm, Outcome
 from serve.request_log import RequestLog
 from serve.router.exchange import Exchange
+from serve.router.keys import KeyTable
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.table import RouteTable
@@ -19,8 +20,11 @@ from serve.router.table import RouteTable
 class Accounts:
     """The books of one router process."""
 
-    def __init__(self, table: RouteTable, metrics: Metrics, ledger: Ledger, log: RequestLog | None) -> None:
+    def __init__(
+        self, table: RouteTable, metrics: Metrics, ledger: Ledger, keys: KeyTable, log: RequestLog | None
+    ) -> None:
         self._table = table
+        self._keys = keys
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
@@ -36,6 +40,8 @@ class Accounts:
         ex.e2e_s = time.perf_counter() - ex.started
         self._measure(ex)
         self._count_tokens(ex)
+        if ex.assignment.arm is not Arm.SHADOW:
+            self._keys.ended(ex.key_id, ex.prompt_tokens, ex.completion_tokens)
         if ex.outcome.counts:
             key = ex.evidence()
             if key is not None:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from contracts.errors import ConfigError
+from contracts.keys import ApiKey
 from contracts.plugins import load_function
 from serve.request_log import RequestLog, SegmentWriter, recover
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
-from serve.router.errors import error_body
+from serve.router.errors import RequestRefused, error_body
 from serve.router.guard import Receive
+from serve.router.keys import KeyTable, in_scope
+from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
 from serve.router.pool import Pools
@@ -75,7 +78,7 @@ class RouterApp:
         elif path in ROUTED and scope["method"] == "POST":
             await self._proxy.handle(scope, receive, send, path)
         elif scope["method"] in ("GET", "HEAD") and (path in _LOCAL or path.startswith("/v1/models/")):
-            await self._local(path, send)
+            await self._local(path, scope, send)
         else:
             known = path in ROUTED or path in _LOCAL
             status = 405 if known else 404
@@ -83,7 +86,7 @@ class RouterApp:
             self._metrics.refused(status, path if known else OTHER)
             await send_json(send, status, error_body(what, "invalid_request_error", "not_found"))
 
-    async def _local(self, path: str, send: Send) -> None:
+    async def _local(self, path: str, scope: dict[str, Any], send: Send) -> None:
         if path == "/metrics":
             if self._request_log is not None:
                 self._metrics.log_queue.set(len(self._request_log))
@@ -92,14 +95,25 @@ class RouterApp:
             await send_json(send, 200, {"status": "ok", "replica": self.replica})
         elif path == "/ready":
             missing = ["the router is draining"] if self._draining else await self._readiness.missing()
+            missing = [*missing, *self._keys.missing()]
             status = "ready" if not missing else "not ready"
             await send_json(send, 503 if missing else 200, {"status": status, "missing": missing})
-        elif path == "/v1/models":
-            models = [_model(name) for name in self._table.public_names()]
+        else:
+            try:
+                await self._models(path, self._keys.identify(scope["headers"]), send)
+            except RequestRefused as refused:
+                self._metrics.refused(refused.status, "/v1/models")
+                await send_json(send, refused.status, refused.body, headers=refused.headers)
+
+    async def _models(self, path: str, key: ApiKey | None, send: Send) -> None:
+        """The names that the key may ask for; the others do not exist for it."""
+        if path == "/v1/models":
+            models = [_model(name) for name in self._table.public_names(key)]
             await send_json(send, 200, {"object": "list", "data": models})
         else:
             name = path.removeprefix("/v1/models/")
-            if self._table.get(name) is None:
+            route = self._table.get(name)
+            if route is None or not in_scope(key, route.split.route):
                 why = f"The model {name[:128]!r} does not exist."
                 await send_json(
                     send, 404, error_body(why, "invalid_request_error", "model_not_found", "model")
@@ -132,11 +146,27 @@ class RouterApp:
         self._client = HttpClient(config.timeouts.connect_s)
         self._ledger = Ledger(self.replica)
         self._request_log = await self._open_log()
-        self._sync = StateSync(config, self.replica, self._table, self._pools, self._ledger, self._metrics)
+        self._keys = KeyTable(config.keys, self._metrics)
+        self._sync = StateSync(
+            config,
+            self.replica,
+            self._table,
+            self._pools,
+            self._ledger,
+            self._metrics,
+            KeySync(self.replica, self._keys) if config.keys else None,
+        )
         self._readiness = Readiness(config.routes, self._table, self._pools, self._client)
         await self._sync.start()
         self._proxy = Proxy(
-            config, self._table, self._pools, self._client, self._metrics, self._ledger, self._request_log
+            config,
+            self._table,
+            self._pools,
+            self._client,
+            self._metrics,
+            self._ledger,
+            self._request_log,
+            self._keys,
         )
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 

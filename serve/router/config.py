@@ -51,6 +51,8 @@ class RouterConfig(StrictConfig):
     """How often splits and endpoints are read."""
     flush_s: float = Field(default=1.0, gt=0, le=30)
     """How often evidence and the router's report are written."""
+    keys: bool = False
+    """No request without an API key; False: everybody may ask for everything."""
     timeouts: Timeouts = Timeouts()
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
     fallback: bool = True

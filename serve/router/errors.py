@@ -5,6 +5,7 @@ Knows nothing about upstreams or sockets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from contracts.errors import EngineError, StillhouseError
@@ -25,7 +26,9 @@ class RequestRefused(StillhouseError):
         status: int = 400,
         code: str | None = None,
         param: str | None = None,
-        headers: tuple[tuple[bytes, bytes], ...] = (),
+        *,
+        kind: str = "invalid_request_error",
+        headers: Iterable[tuple[bytes, bytes]] = (),
         route: str | None = None,
     ) -> None:
         """`headers`: of the reply. `route`: whose request it was, once that is known."""
@@ -33,7 +36,6 @@ class RequestRefused(StillhouseError):
         self.status = status
         self.headers = headers
         self.route = route
-        kind = "rate_limit_error" if status == 429 else "invalid_request_error"
         self.body = error_body(message, kind, code, param)
 
 

@@ -25,9 +25,9 @@ class Exchange:
 
     __slots__ = (
         "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
-        "ended", "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "pair_id",
-        "priority", "prompt_tokens", "request_id", "response", "route", "served", "served_arm", "started",
-        "status", "stream", "streamed", "trace", "ts", "ttft_s",
+        "ended", "endpoint", "error", "fell_back", "held", "key_id", "metrics", "outcome", "overhead_s",
+        "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served", "served_arm",
+        "started", "status", "stream", "streamed", "trace", "ts", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +61,8 @@ class Exchange:
         self.priority = Priority.NORMAL
         self.pair_id: str | None = None
         """Of a shadow: the request it copies."""
+        self.key_id: str | None = None
+        """The API key that asked; never its secret."""
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
@@ -111,6 +113,7 @@ class Exchange:
             request_id=self.request_id,
             pair_id=self.pair_id,
             ts=self.ts,
+            key_id=self.key_id,
             route=split.route,
             endpoint=self.endpoint,
             arm=assignment.arm,

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from contracts.keys import ApiKey
 from contracts.routes import Affinity
 from contracts.traffic import Arm
 from serve.router.assign import assign, unit_of
@@ -20,6 +21,7 @@ from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
 from serve.router.guard import Receive
+from serve.router.keys import KeyTable
 from serve.router.shape import affinity_key, completion_cap
 from serve.router.table import Route, RouteTable
 
@@ -33,9 +35,10 @@ _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 class Intake:
     """Makes exchanges of requests, under one configuration."""
 
-    def __init__(self, config: RouterConfig, table: RouteTable) -> None:
+    def __init__(self, config: RouterConfig, table: RouteTable, keys: KeyTable) -> None:
         self._config = config
         self._table = table
+        self._keys = keys
         self._conversation = config.conversation_header.encode()
         self._wanted = frozenset(
             (b"x-request-id", b"x-stillhouse-arm", b"content-length", self._conversation, *_PASSED_ON)
@@ -67,11 +70,13 @@ class Intake:
             raise _too_large(limit)
         return body
 
-    def exchange(self, request_id: str, endpoint: str, headers: Headers, body: bytes) -> Exchange:
+    def exchange(
+        self, request_id: str, endpoint: str, headers: Headers, body: bytes, key: ApiKey | None
+    ) -> Exchange:
         """Parse, find the route and decide the arm. Raises RequestRefused. Never waits."""
         started = time.perf_counter()
         parsed = _parse(body)
-        route = self._route(parsed.get("model"))
+        route = self._route(parsed.get("model"), key)
         override = self._override(headers, route)
         try:
             conversation = headers.get(self._conversation, b"").decode("utf-8", "replace")
@@ -86,17 +91,20 @@ class Intake:
             ex.cap = completion_cap(endpoint, {**settings.parameters, **parsed}, settings.limits.max_tokens)
         if settings.affinity is not Affinity.NONE:
             ex.affinity = affinity_key(settings.affinity, unit, parsed)
+        if key is not None:
+            ex.key_id, ex.priority = key.id, key.priority
         return ex
 
-    def _route(self, model: object) -> Route:
+    def _route(self, model: object, key: ApiKey | None) -> Route:
         if not isinstance(model, str) or not model:
             raise RequestRefused("'model' is required and must be the name of a route.", param="model")
         route = self._table.resolve(model)
         if route is None:
-            names = ", ".join(self._table.public_names()) or "none yet"
+            names = ", ".join(self._table.public_names(key)) or "none yet"
             raise RequestRefused(
                 f"The model {model[:128]!r} does not exist. Routes: {names}.", 404, "model_not_found", "model"
             )
+        self._keys.check_route(key, route.split.route)
         return route
 
     def _override(self, headers: Headers, route: Route) -> Arm | None:

@@ -124,6 +124,7 @@ class Limiter:
             f"Route {self._route!r} is at its limit of {places} requests: {why}. Try again in {wait} s.",
             429,
             "route_overloaded",
+            kind="rate_limit_error",
             headers=((b"retry-after", str(wait).encode()),),
             route=self._route,
         )

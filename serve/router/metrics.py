@@ -187,6 +187,15 @@ class Metrics:
         self.ungraded = Counter(
             "stillhouse_ungraded_total", "Answers the grader gave no verdict on.", ["reason"], registry=reg
         )
+        self.key_requests = Counter(
+            "stillhouse_key_requests_total", "Requests by API key (its id).", ["key"], registry=reg
+        )
+        self.key_refused = Counter(
+            "stillhouse_key_refused_total",
+            "Requests refused because of their API key, or its absence.",
+            ["reason"],
+            registry=reg,
+        )
         self.state_errors = Counter(
             "stillhouse_state_errors_total", "Failed reads and writes of the state store.", registry=reg
         )

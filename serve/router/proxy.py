@@ -23,6 +23,7 @@ from serve.router.errors import AttemptFailed, RequestRefused, error_body
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
+from serve.router.keys import KeyTable
 from serve.router.ledger import Ledger
 from serve.router.limits import RetryBudget
 from serve.router.metrics import OTHER, Metrics
@@ -49,13 +50,15 @@ class Proxy:
         metrics: Metrics,
         ledger: Ledger,
         log: RequestLog | None,
+        keys: KeyTable,
     ) -> None:
         self._config = config
         self._table = table
         self._pools = pools
         self._metrics = metrics
-        self._intake = Intake(config, table)
-        self._accounts = Accounts(table, metrics, ledger, log)
+        self._keys = keys
+        self._intake = Intake(config, table, keys)
+        self._accounts = Accounts(table, metrics, ledger, keys, log)
         self._ended = self._accounts.ended
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
         self.shadows = Shadows(self._relay, self._accounts, table, pools, metrics, config.timeouts.total_s)
@@ -69,8 +72,9 @@ class Proxy:
         request_id = request_id_of(headers)
         self.active += 1
         try:
+            key = self._keys.admit(scope["headers"])
             body = await self._intake.read_body(headers, receive)
-            ex = self._intake.exchange(request_id, endpoint, headers, body)
+            ex = self._intake.exchange(request_id, endpoint, headers, body, key)
             await self._run(ex, receive, send)
         except RequestRefused as refused:
             self._metrics.refused(refused.status, endpoint, refused.route or OTHER)

@@ -20,10 +20,12 @@ from contracts.errors import ConfigError, StateError
 from contracts.routes import RouteSettings
 from contracts.traffic import Split
 from serve.router.config import RouterConfig
+from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools
 from serve.router.table import RouteTable
+from serve.state.keys import KeyState
 from serve.state.settings import SettingsState
 from serve.state.tables import open_state
 from serve.state.traffic import Endpoint, RouterReport, TrafficState
@@ -51,6 +53,7 @@ class StateSync:
         pools: Pools,
         ledger: Ledger,
         metrics: Metrics,
+        keys: KeySync | None = None,
     ) -> None:
         self._config = config
         self._replica = replica
@@ -58,6 +61,8 @@ class StateSync:
         self._pools = pools
         self._ledger = ledger
         self._metrics = metrics
+        self._keys = keys
+        self._key_state: KeyState | None = None
         # Two threads: a write that waits for the store's lock must not delay the next look at the splits.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="router-state")
         self._state: TrafficState | None = None
@@ -94,6 +99,8 @@ class StateSync:
             await self._flush()
 
     async def _poll(self) -> None:
+        if self._keys is not None:
+            await self._poll_keys(self._keys)
         seen = await self._in_thread("read splits", self._read)
         if seen is None:
             return
@@ -104,9 +111,19 @@ class StateSync:
         if self._table.apply(seen.splits, seen.settings):
             self._changed.set()
 
+    async def _poll_keys(self, keys: KeySync) -> None:
+        seen = await self._in_thread("read keys", lambda: keys.read(self._open_keys()))
+        if seen is not None:
+            keys.apply(seen)
+
     async def _flush(self) -> None:
         report = self._table.report(self._replica)
         await self._in_thread("write evidence", lambda: self._write(report))
+        if (keys := self._keys) is not None:
+            counted = keys.unwritten()
+            written = await self._in_thread("write usage", lambda: keys.write(self._open_keys(), counted))
+            if written is not None:
+                keys.stored(written)
 
     async def _in_thread(self, what: str, call: Callable[[], T]) -> T | None:
         """Run one visit to the store; None when it failed, which is logged once until it works again."""
@@ -127,8 +144,14 @@ class StateSync:
         if self._state is None:
             engine = open_state(self._config.state_url)
             self._settings = SettingsState(engine)
+            self._key_state = KeyState(engine)
             self._state = TrafficState(engine)
         return self._state
+
+    def _open_keys(self) -> KeyState:
+        self._open()
+        assert self._key_state is not None
+        return self._key_state
 
     def _read(self) -> _Seen:
         state = self._open()

@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from contracts.keys import ApiKey
 from contracts.routes import RouteSettings
 from contracts.traffic import Arm, Split, Upstream
+from serve.router.keys import in_scope
 from serve.router.limits import Limiter
 from serve.router.metrics import Metrics
 from serve.state.traffic import RouterReport
@@ -80,9 +82,9 @@ class RouteTable:
         """Every route's name, sorted."""
         return sorted(self._routes)
 
-    def public_names(self) -> list[str]:
-        """Every model name a client may ask for, sorted."""
-        return sorted(self._by_name)
+    def public_names(self, key: ApiKey | None) -> list[str]:
+        """Every model name that a key (None: anybody) may ask for, sorted."""
+        return sorted(n for n, route in self._by_name.items() if in_scope(key, route.split.route))
 
     def apply(self, splits: dict[str, Split], settings: dict[str, RouteSettings] | None = None) -> bool:
         """Take over newer splits and settings, forget removed routes; True when anything changed."""

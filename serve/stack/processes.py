@@ -66,7 +66,7 @@ def _signal(process: psutil.Process, kill: bool) -> None:
         pass
 
 
-def check_port_free(host: str, port: int) -> None:
+def check_port_free(host: str, port: int, field: str = "http.port") -> None:
     """Raises ConfigError naming who listens there and what to do."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -76,9 +76,10 @@ def check_port_free(host: str, port: int) -> None:
         except OSError as err:
             reason = str(err)
     who = _listener(port)
+    option = "--port or " if field == "http.port" else ""
     raise ConfigError(
-        f"http.port: {host}:{port} is taken{who} ({reason}). "
-        "Stop that process, or choose another port with --port or http.port in the configuration."
+        f"{field}: {host}:{port} is taken{who} ({reason}). "
+        f"Stop that process, or choose another port with {option}{field} in the configuration."
     )
 
 

@@ -27,6 +27,8 @@ class StackRecord(Record):
     pid_started: float
     """Creation time of the supervisor's process: a pid alone may be somebody else's by now."""
     url: str
+    admin_url: str | None = None
+    """Where the admin API listens."""
     config: str
     phase: str = "starting"
     detail: str = ""

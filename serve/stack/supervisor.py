@@ -20,6 +20,7 @@ from contracts.errors import ConflictError, EngineError, StillhouseError
 from serve.config import ServeConfig
 from serve.engine.http import answers, ask_chat
 from serve.stack import ray_head
+from serve.stack.admin import AdminProcess, stack_key
 from serve.stack.processes import check_port_free, end_processes
 from serve.stack.record import StackRecord, read_record, record_path, write_record
 
@@ -35,12 +36,14 @@ class Supervisor:
         self._config, self._tell, self._reset_routes = config, say, reset_routes
         self._stop = threading.Event()
         self._head: list[psutil.Process] = []
+        self._admin = AdminProcess(config)
         me = psutil.Process()
         self.record = StackRecord(
             stack_id=uuid.uuid4().hex,
             pid=me.pid,
             pid_started=me.create_time(),
             url=f"http://{config.http.host}:{config.http.port}",
+            admin_url=f"http://{config.admin.host}:{config.admin.port}" if config.admin else None,
             config=str(Path(config_path).resolve()),
             started_at=time.time(),
             ray_dir=str(config.ray_dir) if config.ray.address is None else None,
@@ -84,6 +87,8 @@ class Supervisor:
         if before is not None:
             sweep(before)
         check_port_free(self._config.http.host, self._config.http.port)
+        if (admin := self._config.admin) is not None:
+            check_port_free(admin.host, admin.port, "admin.port")
         for folder in (self._config.run_dir, self._config.log_dir):
             folder.mkdir(parents=True, exist_ok=True)
         # Counters of a run that ended would be added to this one's.
@@ -106,6 +111,7 @@ class Supervisor:
 
         self._say("deploying the engines, the router and the controller")
         self._apps = deploy_stack(self._config, self._reset_routes)
+        self._admin.keep()
 
     def _wait_answering(self) -> None:
         """Until a real chat completion of every route came back through the public address."""
@@ -128,13 +134,14 @@ class Supervisor:
         while not answers(f"{self.record.url}"):
             self._check_stop(deadline, "the public address")
             self._stop.wait(0.1)
-        for route in self._config.routes:
-            self._ask_until_answered(route, deadline)
+        with stack_key(self._config) as key:
+            for route in self._config.routes:
+                self._ask_until_answered(route, deadline, {**PROBE_HEADERS, **key})
 
-    def _ask_until_answered(self, route: str, deadline: float) -> None:
+    def _ask_until_answered(self, route: str, deadline: float, headers: dict[str, str]) -> None:
         while True:
             try:
-                ask_chat(self.record.url, route, headers=PROBE_HEADERS)
+                ask_chat(self.record.url, route, headers=headers)
                 return
             except EngineError as err:
                 self._check_stop(deadline, f"route {route!r} ({err})")
@@ -156,6 +163,7 @@ class Supervisor:
     def _stay(self) -> None:
         while not self._stop.wait(1.0):
             self._check_head()
+            self._admin.keep()
 
     def _check_head(self) -> None:
         for process in self._head:
@@ -170,6 +178,7 @@ class Supervisor:
         failed = self.record.phase == "failed"
         if not failed:
             self._update(phase="stopping")
+        self._admin.stop()
         self._say("ending the applications")
         self._end_applications()
         self._say("ending Ray")

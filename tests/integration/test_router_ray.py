@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from serve.router.config import RouterConfig
+from serve.state.keys import KeyState, new_key
+from serve.state.tables import open_state
 from tests.integration.router_rig import Server, World, get, openai_client, total, wait_until
 
 pytestmark = pytest.mark.integration
@@ -19,8 +21,11 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
     world = World(tmp_path)
     world.split(1, weight=0.5)
     config = RouterConfig.model_validate(
-        {"state_url": world.state_url, "log": {"dir": str(tmp_path / "log")}}
+        {"state_url": world.state_url, "log": {"dir": str(tmp_path / "log")}, "keys": True}
     )
+    keys = KeyState(open_state(world.state_url))
+    key, secret = new_key("ray")
+    keys.create_key(key)
     path = tmp_path / "router.json"
     path.write_text(config.model_dump_json())
     try:
@@ -30,7 +35,7 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
         raise
     try:
         wait_until("ready", lambda: get(f"{router.url}/ready")[0] == 200)
-        client = openai_client(router)
+        client = openai_client(router).with_options(api_key=secret)
 
         def one(i: int) -> str:
             messages = [{"role": "user", "content": f"q{i}"}]
@@ -47,6 +52,7 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
         assert total(scrape, "stillhouse_requests_total") == 200
         assert total(scrape, "stillhouse_requests_total", arm="canary") == texts.count("tock " * 8)
         assert len({r.replica for r in world.state.routers(10)}) == 2
+        assert get(f"{router.url}/v1/models")[0] == 401
 
         world.stable.control(tpot_s=0.15)
         world.canary.control(tpot_s=0.15)
@@ -67,3 +73,4 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
     assert not list((tmp_path / "log").glob("*.open.jsonl"))
     assert sum(c.n for c in world.evidence().values()) == 201
     assert world.state.routers(60) == []
+    assert sum(u.requests for u in keys.usage(key.id)) == 201
