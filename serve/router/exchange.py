@@ -13,6 +13,7 @@ from contracts.traffic import Arm, Assignment, Outcome, Reason, RequestRow, Upst
 from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
+from serve.router.sse import StreamWatcher
 from serve.router.table import Route
 
 EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
@@ -26,7 +27,7 @@ class Exchange:
         "assignment", "body", "chunks", "client_wants_usage", "completion_tokens", "e2e_s", "ended",
         "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "prompt_tokens",
         "request_id", "response", "route", "served", "served_arm", "started", "status", "stream",
-        "streamed", "trace", "ts", "ttft_s",
+        "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +68,8 @@ class Exchange:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.streamed = False
+        self.watcher: StreamWatcher | None = None
+        """Sees the stream of the answer, once there is one."""
         self.chunks: list[bytes] = []
         """The stream as the upstream sent it, events whole."""
         self.response: dict[str, Any] | None = None

@@ -17,14 +17,14 @@ from contracts.traffic import Arm, Outcome, Upstream
 from serve.request_log import RequestLog
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
-from serve.router.errors import AttemptFailed, RequestRefused, error_body
+from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools, Replica
-from serve.router.relay import Relay, Send, parse_error
+from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
 from serve.router.table import RouteTable
 
@@ -67,7 +67,8 @@ class Proxy:
             await self._run(ex, receive, send)
         except RequestRefused as refused:
             self._metrics.refused(refused.status, endpoint)
-            await send_json(send, refused.status, refused.body, request_id)
+            said = error_for(endpoint, refused.status, refused.body)
+            await send_json(send, refused.status, said, request_id)
         finally:
             self.active -= 1
 
@@ -156,15 +157,16 @@ class Proxy:
         self._metrics.fallbacks.labels(split.route).inc()
 
     async def _fail(self, ex: Exchange, failure: AttemptFailed, guard: Guard, send: Send) -> None:
-        """Nobody could answer: say so in OpenAI's shape, with the upstream's own words where it had some."""
+        """Nobody could answer: say so in the API's shape, with the upstream's own words where it had some."""
         guard.ending()
         ex.error = ex.error or str(failure)
         self._ended(ex, failure.outcome, failure.status)
         body: bytes | None = None
         if failure.reply is not None and parse_error(failure.reply[1]) is not None:
-            body = failure.reply[1]
+            body = error_bytes(ex.endpoint, failure.status, failure.reply[1])
         if body is None:
-            body = orjson.dumps(error_body(f"The model could not answer: {failure}.", "upstream_error"))
+            said = error_body(f"The model could not answer: {failure}.", "upstream_error")
+            body = orjson.dumps(error_for(ex.endpoint, failure.status, said))
         await send_json(
             send, failure.status, body, ex.request_id, ex.route.headers[ex.assignment.arm, ex.served_arm]
         )
