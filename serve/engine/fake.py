@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from serve.engine.fake_apis import APIS, PROMPT_TOKENS, Api, Behaviour, error_of
+from serve.engine.fake_apis import APIS, PROMPT_TOKENS, Api, Behaviour, Speech, error_of
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -111,18 +111,23 @@ class FakeEngine:
             await _json(send, b.status, api.error(f"scripted {b.status}", b.status))
         elif b.fail_every and self.requests % b.fail_every == 0:
             await _json(send, 500, api.error("scripted failure", 500))
-        elif body.get("stream"):
-            await self._stream(api, body, send)
         else:
+            try:
+                said = api.stream(body, b) if body.get("stream") else api.whole(body, b)
+            except (TypeError, ValueError, AttributeError, KeyError) as err:
+                await _json(send, 400, api.error(f"wrong type: {err}", 400))
+                return
+            if isinstance(said, Speech):
+                await self._stream(api, said, send)
+                return
             if b.tpot_s:
                 await asyncio.sleep(b.tpot_s * b.tokens)
-            await _json(send, 200, api.whole(body, b))
+            await _json(send, 200, said)
 
-    async def _stream(self, api: Api, body: dict[str, Any], send: Send) -> None:
+    async def _stream(self, api: Api, speech: Speech, send: Send) -> None:
         b = self.behaviour
         kind = b"text/event-stream; charset=utf-8"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-        speech = api.stream(body, b)
         if b.error_after != 0:  # 0: break before the first event, in time for a fallback
             for event in speech.opening:
                 await _more(send, event)

@@ -101,6 +101,7 @@ class Completions(Api):
         calls, count = _tool_calls(body, b), body.get("n") or 1
         pieces = _pieces(_text(body, b), b) if body.get("response_format") else [b.text] * b.tokens
         indexes = range(count)
+        asked = b.usage_when_asked and (body.get("stream_options") or {}).get("include_usage")
 
         def choice(index: int, at: int) -> dict[str, Any]:
             last = at + 1 == b.tokens
@@ -113,13 +114,12 @@ class Completions(Api):
         def closing() -> list[bytes]:
             if b.unfinished:
                 return []
-            asked = b.usage_when_asked and (body.get("stream_options") or {}).get("include_usage")
             usage = [_data({**head, "choices": [], "usage": _usage(b.tokens)})] if asked else []
             return [*usage, b"data: [DONE]\n\n"]
 
         role = {"role": "assistant", "content": ""}
         roles = [{"index": i, "delta": role, "finish_reason": None} for i in indexes]
-        opening = [_data({**head, "choices": roles})] if self._chat else []
+        opening = [_data({**head, "choices": roles, **_echo(body)})] if self._chat else []
         return Speech(
             opening, lambda at: _data({**head, "choices": [choice(i, at) for i in indexes]}), closing
         )
@@ -338,7 +338,8 @@ def _response(
         "id": "resp_fake", "object": "response", "created_at": 1, "status": status,
         "model": body.get("model"), "output": output, "usage": usage, "error": None,
         "incomplete_details": None, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True,
-        "instructions": body.get("instructions"), "metadata": {}, "temperature": 1.0, "top_p": 1.0, **_echo(body),
+        "instructions": body.get("instructions"), "metadata": {}, "temperature": 1.0, "top_p": 1.0,
+        **_echo(body),
     }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ class Proxy:
         request_id = request_id_of(headers)
         self.active += 1
         try:
+            self._intake.check_head(scope)
             body = await self._intake.read_body(headers, receive)
             ex = self._intake.exchange(request_id, endpoint, headers, body)
             await self._run(ex, receive, send)
