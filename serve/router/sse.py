@@ -133,9 +133,13 @@ class ResponsesWatcher(_TypedEvents):
         return events
 
     def failure(self, message: str, code: str) -> bytes:
-        """The API's own error event, with the next sequence number."""
-        body = {"type": "error", "code": code, "message": message, "param": None}
-        return _named_event("error", {**body, "sequence_number": self._next_number()})
+        """The API's own error event, with the next sequence number.
+
+        Its fields stand at the top, as documented, and below `error`, as OpenAI's clients look for them.
+        """
+        error = {"code": code, "message": message, "param": None}
+        body = {"type": "error", **error, "sequence_number": self._next_number()}
+        return _named_event("error", {**body, "error": {"type": "upstream_error", **error}})
 
     def _see(self, body: dict[str, Any]) -> None:
         kind = body.get("type")

@@ -121,6 +121,7 @@ def test_our_error_events_have_the_shape_of_their_api() -> None:
     assert named
     assert (body["type"], body["message"], body["code"]) == ("error", "it\nbroke", "broken_stream")
     assert body["sequence_number"] == 5
+    assert body["error"] == openai
 
 
 def test_whole_answers_of_every_api_are_understood() -> None:
