@@ -131,16 +131,18 @@ class FakeEngine:
         if b.error_after != 0:  # 0: break before the first event, in time for a fallback
             for event in speech.opening:
                 await _more(send, event)
+        failed = False
         for at in range(b.tokens):
             if at == b.cut_after:
                 raise ConnectionAbortedError("scripted cut")  # the server closes without the last chunk
             if at == b.error_after:
                 await _more(send, api.error_event("scripted error", 500))
+                failed = True
                 break
             if at and b.tpot_s:
                 await asyncio.sleep(b.tpot_s)
             await _more(send, speech.token(at))
-        for event in speech.closing():
+        for event in speech.closing() if not failed or api.ends_after_error else ():
             await _more(send, event)
         await send({"type": "http.response.body", "body": b""})
 

@@ -56,6 +56,9 @@ class Speech(NamedTuple):
 class Api(ABC):
     """One API's words."""
 
+    ends_after_error = False
+    """A stream that failed still gets its last event."""
+
     @abstractmethod
     def whole(self, body: dict[str, Any], b: Behaviour) -> dict[str, Any]:
         """A whole answer."""
@@ -75,6 +78,8 @@ class Api(ABC):
 
 class Completions(Api):
     """OpenAI's completions and chat completions."""
+
+    ends_after_error = True
 
     def __init__(self, chat: bool) -> None:
         self._chat = chat

@@ -65,11 +65,11 @@ def test_errors_are_the_clients_own_classes(world: World) -> None:
     assert "Routes: support" in got["unknown"]["message"]
     assert (got["bad"]["kind"], got["bad"]["status"]) == ("BadRequestError", 400)
     for broken in ({"cut_after": 3}, {"unfinished": True}):
-        world.stable.control(**broken)
+        world.stable.control(**broken, tpot_s=0.02)
         try:
             got = seen(world, "broken")["broken"]
         finally:
-            world.stable.control(cut_after=-1, unfinished=False)
+            world.stable.control(cut_after=-1, unfinished=False, tpot_s=0.0)
         for api in ("chat", "responses"):
             assert got[api]["kind"] == "APIError", (api, broken)
             assert "broke off" in got[api]["message"]
