@@ -1,7 +1,8 @@
 """A fake OpenAI-compatible upstream: instant, scriptable, and honest about usage. For tests and benchmarks.
 
-Speaks what a vLLM server speaks on the paths the router uses. Behaviour is set by the constructor and can be
-changed while it runs with POST /control. Knows nothing about models.
+Serves what a vLLM server serves on the paths the router uses; what it says there is in fake_apis.py.
+Behaviour is set by the constructor and can be changed while it runs with POST /control. Knows nothing about
+models.
 
     python -m serve.engine.fake --port 8100 --text "hello" --tokens 8
 """
@@ -14,39 +15,14 @@ import dataclasses
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from serve.engine.fake_apis import APIS, PROMPT_TOKENS, Api, Behaviour, Speech, error_of
+
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-_PROMPT_TOKENS = 7
-
-
-@dataclass
-class Behaviour:
-    """What the fake does. All of it can be changed while it runs."""
-
-    text: str = "tick "
-    """One token's text."""
-    tokens: int = 8
-    model: str = "fake"
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
-    status: int = 200
-    """Not 200: answer every generation with this error."""
-    fail_every: int = 0
-    """Every n-th generation answers 500."""
-    cut_after: int = -1
-    """Break a stream off after this many tokens, without ending it; -1 never."""
-    error_after: int = -1
-    """Send an error event after this many tokens; -1 never."""
-    hang: bool = False
-    """Accept requests and never answer."""
-    healthy: bool = True
-    usage_when_asked: bool = True
 
 
 class FakeEngine:
@@ -78,18 +54,20 @@ class FakeEngine:
             await _json(send, 200, self._status())
         elif path == "/status":
             await _json(send, 200, self._status())
-        elif path in ("/v1/chat/completions", "/v1/completions"):
+        elif path in APIS:
             await self._generate(scope, body, receive, send)
+        elif path == "/v1/messages/count_tokens":
+            await _json(send, 200, {"input_tokens": PROMPT_TOKENS})
         elif path == "/tokenize":
             await _json(send, 200, {"tokens": [1, 2, 3], "count": 3, "max_model_len": 512})
         elif path == "/v1/embeddings":
-            usage = {"prompt_tokens": _PROMPT_TOKENS, "total_tokens": _PROMPT_TOKENS}
+            usage = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS}
             vectors = [{"object": "embedding", "index": 0, "embedding": [0.0, 1.0]}]
             await _json(
                 send, 200, {"object": "list", "data": vectors, "model": body.get("model"), "usage": usage}
             )
         else:
-            await _json(send, 404, _error("Not Found", 404))
+            await _json(send, 404, error_of("Not Found", 404))
 
     def _status(self) -> dict[str, Any]:
         return {
@@ -124,81 +102,53 @@ class FakeEngine:
 
     async def _answer(self, path: str, body: dict[str, Any], send: Send) -> None:
         b = self.behaviour
+        api = APIS[path]
         if b.hang:
             await asyncio.sleep(3600)
         if b.ttft_s:
             await asyncio.sleep(b.ttft_s)
         if b.status != 200:
-            await _json(send, b.status, _error(f"scripted {b.status}", b.status))
+            await _json(send, b.status, api.error(f"scripted {b.status}", b.status))
         elif b.fail_every and self.requests % b.fail_every == 0:
-            await _json(send, 500, _error("scripted failure", 500))
-        elif body.get("stream"):
-            await self._stream(path == "/v1/chat/completions", body, send)
+            await _json(send, 500, api.error("scripted failure", 500))
         else:
-            await self._whole(path == "/v1/chat/completions", body, send)
+            try:
+                said = api.stream(body, b) if body.get("stream") else api.whole(body, b)
+            except (TypeError, ValueError, AttributeError, KeyError) as err:
+                await _json(send, 400, api.error(f"wrong type: {err}", 400))
+                return
+            if isinstance(said, Speech):
+                await self._stream(api, said, send)
+                return
+            if b.tpot_s:
+                await asyncio.sleep(b.tpot_s * b.tokens)
+            await _json(send, 200, said)
 
-    async def _whole(self, chat: bool, body: dict[str, Any], send: Send) -> None:
+    async def _stream(self, api: Api, speech: Speech, send: Send) -> None:
         b = self.behaviour
-        if b.tpot_s:
-            await asyncio.sleep(b.tpot_s * b.tokens)
-        text = b.text * b.tokens
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choice = {"index": 0, "finish_reason": "stop", **said}
-        kind = "chat.completion" if chat else "text_completion"
-        await _json(send, 200, {**_head(body, kind), "choices": [choice], "usage": _usage(b.tokens)})
-
-    async def _stream(self, chat: bool, body: dict[str, Any], send: Send) -> None:
-        b = self.behaviour
-        head = _head(body, "chat.completion.chunk" if chat else "text_completion")
         kind = b"text/event-stream; charset=utf-8"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
-        if chat and b.error_after != 0:  # 0: break before the first event, in time for a fallback
-            await _event(send, {**head, "choices": [_delta(chat, "", None)]})
+        if b.error_after != 0:  # 0: break before the first event, in time for a fallback
+            for event in speech.opening:
+                await _more(send, event)
+        failed = False
         for at in range(b.tokens):
             if at == b.cut_after:
                 raise ConnectionAbortedError("scripted cut")  # the server closes without the last chunk
             if at == b.error_after:
-                await _event(send, _error("scripted error", 500))
+                await _more(send, api.error_event("scripted error", 500))
+                failed = True
                 break
             if at and b.tpot_s:
                 await asyncio.sleep(b.tpot_s)
-            await _event(
-                send, {**head, "choices": [_delta(chat, b.text, None if at + 1 < b.tokens else "stop")]}
-            )
-        if b.usage_when_asked and (body.get("stream_options") or {}).get("include_usage"):
-            await _event(send, {**head, "choices": [], "usage": _usage(b.tokens)})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+            await _more(send, speech.token(at))
+        for event in speech.closing() if not failed or api.ends_after_error else ():
+            await _more(send, event)
         await send({"type": "http.response.body", "body": b""})
 
 
-def _head(body: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"id": "fake-1", "object": kind, "created": 1, "model": body.get("model")}
-
-
-def _delta(chat: bool, text: str, finish: str | None) -> dict[str, Any]:
-    said = (
-        {"delta": {"role": "assistant", "content": text} if not text else {"content": text}}
-        if chat
-        else {"text": text}
-    )
-    return {"index": 0, **said, "finish_reason": finish}
-
-
-def _usage(tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": _PROMPT_TOKENS,
-        "completion_tokens": tokens,
-        "total_tokens": _PROMPT_TOKENS + tokens,
-    }
-
-
-def _error(message: str, code: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "fake_error", "param": None, "code": code}}
-
-
-async def _event(send: Send, body: dict[str, Any]) -> None:
-    data = b"data: " + orjson.dumps(body) + b"\n\n"
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+async def _more(send: Send, event: bytes) -> None:
+    await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
 async def _json(send: Send, status: int, body: dict[str, Any]) -> None:

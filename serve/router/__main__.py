@@ -30,18 +30,20 @@ def main(argv: list[str] | None = None) -> None:
     from contracts.config import load_config
     from serve.router.app import create_app
     from serve.router.config import RouterConfig
+    from serve.router.http import bounded_http
 
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    app = create_app(load_config(args.config, RouterConfig))
+    settings = load_config(args.config, RouterConfig)
+    app = create_app(settings)
     listener = socket.create_server((args.host, args.port), backlog=2048, reuse_port=False)
     print(f"router {app.replica} listens on http://{args.host}:{listener.getsockname()[1]}", flush=True)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             loop="uvloop",
-            http="httptools",
+            http=bounded_http(settings.max_header_bytes, settings.timeouts.header_s),
             ws="none",
             lifespan="on",
             access_log=False,

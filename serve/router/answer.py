@@ -14,10 +14,22 @@ from serve.router.sse import event_json, split_events
 
 
 class Answer(NamedTuple):
-    """The first choice of an answer."""
+    """The text of an answer, the first choice's when it has several, and why it ended there."""
 
     text: str | None
     finish_reason: str | None
+    """In the words of chat completions (stop, length, tool_calls) whatever API the answer came by."""
+
+
+_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+    "completed": "stop",
+    "max_output_tokens": "length",
+}
+"""What Messages and Responses call the reasons that chat completions have a word for."""
 
 
 def parse_body(body: bytes) -> dict[str, Any] | None:
@@ -30,17 +42,22 @@ def parse_body(body: bytes) -> dict[str, Any] | None:
 
 
 def usage_tokens(usage: object) -> tuple[int | None, int | None]:
-    """(prompt, completion) tokens of a usage object, by OpenAI's names or those of the Responses API."""
+    """(prompt, completion) tokens of a usage object, by the names of any of the three APIs."""
     if not isinstance(usage, dict):
         return None, None
-    return (
-        _count(usage.get("prompt_tokens", usage.get("input_tokens"))),
-        _count(usage.get("completion_tokens", usage.get("output_tokens"))),
-    )
+    prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if prompt is not None:  # Anthropic's input_tokens leave out what came from, or went to, the cache
+        prompt += _count(usage.get("cache_read_input_tokens")) or 0
+        prompt += _count(usage.get("cache_creation_input_tokens")) or 0
+    return prompt, _count(usage.get("completion_tokens", usage.get("output_tokens")))
 
 
 def answer_of(body: dict[str, Any] | None) -> Answer:
-    """The first choice of a whole answer."""
+    """The text and finish reason of a whole answer of any of the three APIs."""
+    if body is not None and body.get("type") == "message":
+        return Answer(_joined(_texts(body.get("content"), "text")), _reason(body.get("stop_reason")))
+    if body is not None and body.get("object") == "response":
+        return _answer_of_response(body)
     choice = _first_choice(body)
     if choice is None:
         return Answer(None, None)
@@ -50,19 +67,85 @@ def answer_of(body: dict[str, Any] | None) -> Answer:
 
 
 def answer_of_stream(data: bytes) -> Answer:
-    """The first choice assembled from the events of a stream; text is None when no event carried any."""
+    """The answer assembled from the events of a stream; text is None when no event carried any."""
     parts: list[str] = []
     finish: str | None = None
     for event in split_events(data):
-        choice = _first_choice(event_json(event))
-        if choice is None:
-            continue
-        delta = choice.get("delta")
-        piece = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-        if isinstance(piece, str):
+        piece, reason = _piece(event_json(event))
+        if piece is not None:
             parts.append(piece)
-        finish = _text(choice.get("finish_reason")) or finish
-    return Answer("".join(parts) if parts else None, finish)
+        finish = reason or finish
+    return Answer(_joined(parts), finish)
+
+
+def model_of_stream(data: bytes) -> str | None:
+    """The model that a stream's events name."""
+    for event in split_events(data):
+        model = model_of(event_json(event))
+        if model is not None:
+            return model
+    return None
+
+
+def model_of(body: object) -> str | None:
+    """The model that a whole answer, or an event, names."""
+    if not isinstance(body, dict):
+        return None
+    inner = body.get("response", body.get("message"))
+    return _text(body.get("model")) or (_text(inner.get("model")) if isinstance(inner, dict) else None)
+
+
+def _piece(event: object) -> Answer:
+    """What one event adds."""
+    if not isinstance(event, dict):
+        return Answer(None, None)
+    choice = _first_choice(event)
+    delta = choice.get("delta") if choice is not None else event.get("delta")
+    if choice is not None:
+        piece = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+        return Answer(_text(piece), _text(choice.get("finish_reason")))
+    kind = event.get("type")
+    if kind == "response.output_text.delta":
+        return Answer(_text(delta), None)
+    if kind == "content_block_delta" and isinstance(delta, dict):
+        return Answer(_text(delta.get("text")), None)
+    if kind == "message_delta" and isinstance(delta, dict):
+        return Answer(None, _reason(delta.get("stop_reason")))
+    if kind in ("response.completed", "response.incomplete") and isinstance(event.get("response"), dict):
+        return Answer(None, _answer_of_response(event["response"]).finish_reason)
+    return Answer(None, None)
+
+
+def _answer_of_response(body: dict[str, Any]) -> Answer:
+    """Of the object that the Responses API makes."""
+    output = body.get("output")
+    items = [i for i in output if isinstance(i, dict)] if isinstance(output, list) else []
+    texts = [t for i in items if i.get("type") == "message" for t in _texts(i.get("content"), "output_text")]
+    reason = _reason(body.get("status"))
+    details = body.get("incomplete_details")
+    if isinstance(details, dict):
+        reason = _reason(details.get("reason")) or reason
+    elif reason == "stop" and items and items[-1].get("type") == "function_call":
+        reason = "tool_calls"
+    return Answer(_joined(texts), reason)
+
+
+def _texts(blocks: object, kind: str) -> list[str]:
+    found = (
+        [b for b in blocks if isinstance(b, dict) and b.get("type") == kind]
+        if isinstance(blocks, list)
+        else []
+    )
+    return [b["text"] for b in found if isinstance(b.get("text"), str)]
+
+
+def _joined(parts: list[str]) -> str | None:
+    return "".join(parts) if parts else None
+
+
+def _reason(value: object) -> str | None:
+    reason = _text(value)
+    return _REASONS.get(reason, reason) if reason is not None else None
 
 
 def _first_choice(body: object) -> dict[str, Any] | None:

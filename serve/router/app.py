@@ -23,7 +23,7 @@ from contracts.plugins import load_function
 from serve.request_log import RequestLog, SegmentWriter, recover
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
-from serve.router.errors import RequestRefused, error_body
+from serve.router.errors import RequestRefused, error_body, error_for
 from serve.router.guard import Receive
 from serve.router.keys import KeyTable, in_scope
 from serve.router.keysync import KeySync
@@ -42,8 +42,9 @@ _log = logging.getLogger("stillhouse.router")
 
 ROUTED = frozenset(
     (
-        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings",
-        "/v1/score", "/v1/rerank", "/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize",
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+        "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/score",
+        "/pooling", "/classify", "/tokenize", "/detokenize",
     )
 )  # fmt: skip
 """Paths passed to upstreams: a fixed list, so that no client can reach an upstream's other doors."""
@@ -84,7 +85,8 @@ class RouterApp:
             status = 405 if known else 404
             what = f"{scope['method']} is not allowed here." if known else "There is nothing at this path."
             self._metrics.refused(status, path if known else OTHER)
-            await send_json(send, status, error_body(what, "invalid_request_error", "not_found"))
+            body = error_for(path, status, error_body(what, "invalid_request_error", "not_found"))
+            await send_json(send, status, body)
 
     async def _local(self, path: str, scope: dict[str, Any], send: Send) -> None:
         if path == "/metrics":

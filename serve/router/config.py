@@ -28,6 +28,8 @@ class Timeouts(StrictConfig):
 
     body_s: float = Field(default=30.0, gt=0)
     """For a client to send its whole body."""
+    header_s: float = Field(default=30.0, gt=0)
+    """For a client to send the head of a request; only where the router listens itself."""
     connect_s: float = Field(default=2.0, gt=0)
     first_byte_s: float = Field(default=120.0, gt=0)
     """From asking an upstream to the first byte of its body; a failure here can still fall back."""
@@ -55,6 +57,10 @@ class RouterConfig(StrictConfig):
     """No request without an API key; False: everybody may ask for everything."""
     timeouts: Timeouts = Timeouts()
     max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    """Request line and headers together."""
+    max_json_depth: int = Field(default=128, ge=4, le=250)
+    """How deep lists and objects of a body may be nested."""
     fallback: bool = True
     """An arm that fails before its first byte is helped out: the canary by stable, then by the route's
     fallbacks in order. The assigned arm is still charged."""

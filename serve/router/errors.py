@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them, and the two exceptions of the data plane.
+"""Errors as OpenAI's and Anthropic's clients expect them, and the two exceptions of the data plane.
 
 Knows nothing about upstreams or sockets.
 """
@@ -15,6 +15,29 @@ from contracts.traffic import Outcome
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """The body of an error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def error_for(endpoint: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """An error in the shape of the endpoint's API: Anthropic's for Messages, OpenAI's for all others."""
+    if not endpoint.startswith(_ANTHROPIC) or body.get("type") == "error":
+        return body
+    error = body["error"]
+    message = error.get("message") if isinstance(error, dict) else error
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(message)}}
 
 
 class RequestRefused(StillhouseError):

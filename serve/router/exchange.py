@@ -14,6 +14,7 @@ from contracts.traffic import Assignment, Outcome, Reason, RequestRow, Upstream
 from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
+from serve.router.sse import StreamWatcher
 from serve.router.table import Route
 
 EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
@@ -27,7 +28,7 @@ class Exchange:
         "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
         "ended", "endpoint", "error", "fell_back", "held", "key_id", "metrics", "outcome", "overhead_s",
         "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served", "served_arm",
-        "started", "status", "stream", "streamed", "trace", "ts", "ttft_s",
+        "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +78,8 @@ class Exchange:
         self.prompt_tokens: int | None = None
         self.completion_tokens: int | None = None
         self.streamed = False
+        self.watcher: StreamWatcher | None = None
+        """Sees the stream of the answer, once there is one."""
         self.chunks: list[bytes] = []
         """The stream as the upstream sent it, events whole."""
         self.response: dict[str, Any] | None = None

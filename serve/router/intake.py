@@ -45,9 +45,18 @@ class Intake:
         )
 
     def headers(self, scope: dict[str, Any]) -> Headers:
-        """The few request headers that matter here."""
+        """The few request headers that matter here. What is too much is refused by `check_head`."""
         wanted = self._wanted
         return {name: value for name, value in scope["headers"] if name in wanted}
+
+    def check_head(self, scope: dict[str, Any]) -> None:
+        """Raise RequestRefused when the request's head is too large."""
+        limit = self._config.max_header_bytes
+        size = len(scope.get("query_string", b""))
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+        if size > limit:
+            raise RequestRefused(f"The request's head is larger than {limit} bytes.", 431)
 
     async def read_body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole request body. Raises RequestRefused when it is too large or does not come."""
@@ -55,12 +64,13 @@ class Intake:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
-        message = await self._receive(receive)
+        deadline = asyncio.get_running_loop().time() + self._config.timeouts.body_s
+        message = await self._receive(receive, deadline)
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
             parts, size = [body], len(body)
             while message.get("more_body"):
-                message = await self._receive(receive)
+                message = await self._receive(receive, deadline)
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > limit:
@@ -75,7 +85,7 @@ class Intake:
     ) -> Exchange:
         """Parse, find the route and decide the arm. Raises RequestRefused. Never waits."""
         started = time.perf_counter()
-        parsed = _parse(body)
+        parsed = _parse(body, self._config.max_json_depth)
         route = self._route(parsed.get("model"), key)
         override = self._override(headers, route)
         try:
@@ -120,9 +130,9 @@ class Intake:
             )
         return arm
 
-    async def _receive(self, receive: Receive) -> dict[str, Any]:
+    async def _receive(self, receive: Receive, deadline: float) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(self._config.timeouts.body_s):
+            async with asyncio.timeout_at(deadline):
                 message = await receive()
         except TimeoutError as err:
             raise RequestRefused("The request body did not arrive in time.", 408) from err
@@ -139,7 +149,7 @@ def request_id_of(headers: Headers) -> str:
     return f"req-{uuid.uuid4().hex}"
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
     if not body:
         raise RequestRefused("The request body is empty; it must be a JSON object.")
     try:
@@ -148,7 +158,21 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise RequestRefused(f"The request body is not valid JSON: {err}.") from err
     if not isinstance(parsed, dict):
         raise RequestRefused("The request body must be a JSON object.")
+    # Only a body with that many brackets can be that deep; counting them costs next to nothing.
+    if body.count(b"[") + body.count(b"{") > max_depth and _deeper(parsed, max_depth):
+        raise RequestRefused(f"The request body is nested too deeply: more than {max_depth} levels.")
     return parsed
+
+
+def _deeper(value: dict[str, Any], levels: int) -> bool:
+    """True when lists and objects are nested deeper than this. Level by level: no recursion to exhaust."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        inside = [v for c in level for v in (c.values() if type(c) is dict else c)]
+        level = [v for v in inside if type(v) is dict or type(v) is list]
+        if not level:
+            return False
+    return True
 
 
 def _too_large(limit: int) -> RequestRefused:

@@ -19,7 +19,7 @@ from serve.request_log import RequestLog
 from serve.router.accounts import Accounts
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
-from serve.router.errors import AttemptFailed, RequestRefused, error_body
+from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
@@ -28,7 +28,7 @@ from serve.router.ledger import Ledger
 from serve.router.limits import RetryBudget
 from serve.router.metrics import OTHER, Metrics
 from serve.router.pool import Pools, Replica
-from serve.router.relay import Relay, Send, parse_error
+from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
 from serve.router.shadow import Shadows
 from serve.router.table import RouteTable
@@ -72,13 +72,15 @@ class Proxy:
         request_id = request_id_of(headers)
         self.active += 1
         try:
+            self._intake.check_head(scope)
             key = self._keys.admit(scope["headers"])
             body = await self._intake.read_body(headers, receive)
             ex = self._intake.exchange(request_id, endpoint, headers, body, key)
             await self._run(ex, receive, send)
         except RequestRefused as refused:
             self._metrics.refused(refused.status, endpoint, refused.route or OTHER)
-            await send_json(send, refused.status, refused.body, request_id, refused.headers)
+            said = error_for(endpoint, refused.status, refused.body)
+            await send_json(send, refused.status, said, request_id, refused.headers)
         finally:
             self.active -= 1
 
@@ -205,15 +207,16 @@ class Proxy:
         self._metrics.fallbacks.labels(split.route).inc()
 
     async def _fail(self, ex: Exchange, failure: AttemptFailed, guard: Guard, send: Send) -> None:
-        """Nobody could answer: say so in OpenAI's shape, with the upstream's own words where it had some."""
+        """Nobody could answer: say so in the API's shape, with the upstream's own words where it had some."""
         guard.ending()
         ex.error = ex.error or str(failure)
         self._ended(ex, failure.outcome, failure.status)
         body: bytes | None = None
         if failure.reply is not None and parse_error(failure.reply[1]) is not None:
-            body = failure.reply[1]
+            body = error_bytes(ex.endpoint, failure.status, failure.reply[1])
         if body is None:
-            body = orjson.dumps(error_body(f"The model could not answer: {failure}.", "upstream_error"))
+            said = error_body(f"The model could not answer: {failure}.", "upstream_error")
+            body = orjson.dumps(error_for(ex.endpoint, failure.status, said))
         await send_json(
             send, failure.status, body, ex.request_id, ex.route.headers(ex.assignment.arm, ex.served)
         )

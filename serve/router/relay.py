@@ -17,11 +17,11 @@ from contracts.traffic import Outcome, Upstream
 from serve.router.answer import parse_body
 from serve.router.client import Broken, ConnectFailed, Connection, HttpClient
 from serve.router.config import Timeouts
-from serve.router.errors import AttemptFailed, RequestRefused, error_body
+from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard
 from serve.router.pool import Pools, Replica
-from serve.router.sse import StreamWatcher, error_event
+from serve.router.sse import StreamWatcher, watcher_of
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Ended = Callable[[Exchange, Outcome, int], None]
@@ -104,8 +104,8 @@ class Relay:
             ex.response = parse_body(body)
             if ex.response is not None:
                 ex.take_usage(ex.response.get("usage"))
-        elif parse_error(body) is None:
-            body = orjson.dumps(error_body(body[:500].decode("utf-8", "replace"), "invalid_request_error"))
+        else:
+            body = error_bytes(ex.endpoint, status, body)
         guard.ending()
         self._ended(ex, outcome, status)
         content_type = connection.header(b"content-type") or b"application/json"
@@ -113,7 +113,7 @@ class Relay:
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, ex: Exchange, connection: Connection, guard: Guard, send: Send) -> None:
-        watcher = StreamWatcher(strip_usage=_asks_usage_itself(ex))
+        watcher = ex.watcher = watcher_of(ex.endpoint, _asks_usage_itself(ex))
         first = await self._first_events(connection, watcher)
         now = time.perf_counter()
         ex.ttft_s = now - ex.started
@@ -168,9 +168,9 @@ class Relay:
         outcome = Outcome.OK
         if watcher.error:
             outcome, ex.error = Outcome.BROKEN_STREAM, events[-500:].decode("utf-8", "replace")
-        elif not watcher.done and ex.endpoint in _STREAMS_OPENAI:
-            # Ended politely but without [DONE]: the answer is cut off, whatever the framing says.
-            raise Broken("its stream ended without [DONE]")
+        elif not watcher.done and watcher.ending is not None:
+            # Ended politely but without its last event: the answer is cut off, whatever the framing says.
+            raise Broken(f"its stream ended without {watcher.ending}")
         guard.ending()
         self._ended(ex, outcome, connection.status)
         await send({"type": "http.response.body", "body": events})
@@ -180,9 +180,10 @@ class Relay:
         """End a stream that has begun with an error event: never silence, never half an event."""
         guard.ending()
         ex.error = why
+        assert ex.watcher is not None
+        ex.take_usage(ex.watcher.usage)
         self._ended(ex, outcome, 200)
-        event = error_event(error_body(why, "upstream_error", outcome.value))
-        await send({"type": "http.response.body", "body": event})
+        await send({"type": "http.response.body", "body": ex.watcher.failure(why, outcome.value)})
 
     def _head(self, ex: Exchange, upstream: Upstream) -> bytes:
         accept = b"text/event-stream" if ex.stream else b"application/json"
@@ -191,6 +192,16 @@ class Relay:
             + b"\r\nx-request-id: " + ex.request_id.encode() + b"\r\n"
             + ex.trace + self._pools.authorization(upstream)
         )  # fmt: skip
+
+
+def error_bytes(endpoint: str, status: int, body: bytes) -> bytes:
+    """An upstream's error in the shape that the endpoint's clients expect, untouched if it has it."""
+    parsed = parse_error(body)
+    if parsed is None:
+        parsed = error_body(body[:500].decode("utf-8", "replace"), "invalid_request_error")
+    elif error_for(endpoint, status, parsed) is parsed:
+        return body
+    return orjson.dumps(error_for(endpoint, status, parsed))
 
 
 def parse_error(body: bytes) -> dict[str, Any] | None:

@@ -138,7 +138,7 @@ def test_settings_are_written_by_compare_and_set(engine: Engine) -> None:
     """Of two writers with the same version one is told; nothing is overwritten unseen."""
     state = SettingsState(engine)
     assert state.get_settings("r") is None
-    first = RouteSettings(route="r", parameters={"temperature": 0})
+    first = RouteSettings(route="r", version=1, parameters={"temperature": 0})
     state.put_settings(first)
     with pytest.raises(ConflictError, match="already has settings"):
         state.put_settings(first)

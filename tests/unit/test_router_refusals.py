@@ -103,7 +103,7 @@ def test_any_bytes_get_an_answer(body: bytes) -> None:
 
     status, parsed = 200, None
     try:
-        parsed = _parse(body)
+        parsed = _parse(body, 128)
     except RequestRefused as refused:
         status = refused.status
     assert (status == 400) != isinstance(parsed, dict)
