@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.intake import Intake, _parse
+from serve.router.keys import KeyTable
 from serve.router.metrics import Metrics
 from serve.router.table import RouteTable
 
@@ -23,7 +24,10 @@ JSON = st.recursive(
 
 
 def intake(**config: Any) -> Intake:
-    return Intake(RouterConfig(state_url="sqlite://", **config), RouteTable(Metrics()))
+    metrics = Metrics()
+    return Intake(
+        RouterConfig(state_url="sqlite://", **config), RouteTable(metrics), KeyTable(False, metrics)
+    )
 
 
 def depth(value: object) -> int:
