@@ -100,6 +100,7 @@ def _print_error(err: StillhouseError) -> None:
 
 
 lazy.add(app, "distill", "distill_jobs.cli:distill", "Distil logged traffic into a quantized student.")
+lazy.add(app, "log", "cli.log:app", "Erase a person's or a conversation's rows from the request log.")
 lazy.add(app, "rollout", "serve.rollout.cli:app", "Move a route onto a student, step by step, on evidence.")
 
 __all__: list[Any] = ["app", "main"]

@@ -9,7 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from contracts.traffic import Arm, Assignment, Outcome, Reason, RequestRow, Upstream
+from contracts.routes import LogPolicy
+from contracts.traffic import Arm, Assignment, LogMode, Outcome, Reason, RequestRow, Upstream
+from serve.request_log.policy import mode_of
+from serve.request_log.subjects import subjects_of
 from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
@@ -18,15 +21,17 @@ from serve.router.table import Route
 EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
 """Only generation says something about an arm; tokenize and embeddings do not."""
 
+LOG_EVERYTHING = LogPolicy()
+
 
 class Exchange:
     """One routed request from its assignment to its end."""
 
     __slots__ = (
         "assignment", "body", "chunks", "client_wants_usage", "completion_tokens", "e2e_s", "ended",
-        "endpoint", "error", "fell_back", "held", "metrics", "outcome", "overhead_s", "prompt_tokens",
-        "request_id", "response", "route", "served", "served_arm", "started", "status", "stream",
-        "streamed", "trace", "ts", "ttft_s",
+        "endpoint", "error", "fell_back", "held", "log_policy", "metrics", "outcome", "overhead_s",
+        "prompt_tokens", "request_id", "response", "route", "served", "served_arm", "started", "status",
+        "stream", "streamed", "trace", "ts", "ttft_s",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +58,8 @@ class Exchange:
         self.client_wants_usage = options is not None and (
             not isinstance(options, dict) or bool(options.get("include_usage"))
         )
+        self.log_policy = LOG_EVERYTHING
+        """How much of this request is logged: the stricter of its route's and its key's policy."""
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
@@ -124,11 +131,16 @@ class Exchange:
             tpot_s=self.tpot_s(),
             e2e_s=self.e2e_s,
             overhead_s=self.overhead_s,
+            subjects=subjects_of(self.body),
             request=self.body,
             response_text=answer.text,
             response=self.response,
             error=self.error,
         )
+
+    def log_mode(self) -> LogMode:
+        """How much of the row may be written."""
+        return mode_of(self.log_policy, self.assignment.unit_hash)
 
     @property
     def canary_fallback_possible(self) -> bool:

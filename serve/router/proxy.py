@@ -26,6 +26,7 @@ from serve.router.metrics import Metrics
 from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, parse_error
 from serve.router.replies import send_json
+from serve.router.served import ServedIds
 from serve.router.table import RouteTable
 
 _log = logging.getLogger("stillhouse.router")
@@ -44,6 +45,7 @@ class Proxy:
         metrics: Metrics,
         ledger: Ledger,
         log: RequestLog | None,
+        served: ServedIds | None = None,
     ) -> None:
         self._config = config
         self._table = table
@@ -51,6 +53,7 @@ class Proxy:
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
+        self._served = served
         self._intake = Intake(config, table)
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
         self.active = 0
@@ -205,6 +208,8 @@ class Proxy:
             key = ex.evidence()
             if key is not None:
                 self._ledger.count(key, ex.outcome.failed, ex.ttft_s, ex.e2e_s)
+        if self._served is not None:
+            self._served.note(ex)
         if self._log is not None:
             self._log.submit(ex)
 
