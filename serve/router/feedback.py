@@ -78,7 +78,8 @@ class FeedbackDesk:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to store the ids of served requests."""
+        """Open the store (one that is down does not stop the router) and begin to keep the list."""
+        await self._flush()
         self._task = asyncio.create_task(self._flush_forever())
 
     async def stop(self) -> None:
@@ -214,10 +215,10 @@ class FeedbackDesk:
             if self._lines is not None:
                 with self._lines_lock:
                     self._lines.tick()
-            if notes:
-                self._state().add_served(rows_of(notes))
+            state = self._state()
+            state.add_served(rows_of(notes))
             if prune:
-                self._state().prune(self._oldest())
+                state.prune(self._oldest())
 
         try:
             await asyncio.to_thread(write)
@@ -263,11 +264,13 @@ def parse_feedback(body: bytes, now: float) -> Feedback:
             f"Unknown field {unknown[0][:64]!r}; feedback has {', '.join(_FIELDS)}.", param=unknown[0][:64]
         )
     given = {name: value for name, value in data.items() if value is not None}
-    given.setdefault("id", given.get("request_id"))
+    if "request_id" in given:
+        given.setdefault("id", given["request_id"])
     try:
         made = Feedback.model_validate({**given, "ts": now}, strict=True)
     except ValidationError as err:
-        first = err.errors(include_input=False, include_url=False)[0]
+        wrong = err.errors(include_input=False, include_url=False)
+        first = min(wrong, key=lambda e: e["loc"] != ("request_id",))  # the id is its copy by default
         field = str(first["loc"][0]) if first["loc"] else None
         why = first["msg"].removeprefix("Value error, ")
         raise RequestRefused(f"{field}: {why}." if field else f"{why}.", param=field) from err
