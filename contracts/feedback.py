@@ -9,6 +9,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from contracts.config import Record
+from contracts.traffic import LogMode
 
 
 class Feedback(Record):
@@ -31,3 +32,17 @@ class Feedback(Record):
         if self.good is None and self.score is None and not self.comment and self.correction is None:
             raise ValueError("give at least one of 'good', 'score', 'comment' and 'correction'")
         return self
+
+
+class FeedbackRow(Feedback):
+    """One line of the feedback segments beside the request log; of lines with one id the last counts."""
+
+    route: str
+    arm: str
+    """The arm that the request was assigned to."""
+    rollout_id: str | None = None
+    split_version: int
+    log_mode: LogMode
+    """How much of the request was logged: without its texts, comment and correction are not kept either."""
+    subjects: tuple[str, ...] = ()
+    """Whose request it was, as in the request log, so that an erasure finds it."""

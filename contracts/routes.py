@@ -12,22 +12,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from contracts.config import Record
-from contracts.traffic import NAME, Upstream
+from contracts.traffic import NAME, LogMode, Upstream
 
 PROTECTED = frozenset(("model", "messages", "prompt", "input", "stream"))
 """Fields of a request that no default may fill in."""
-
-
-class LogMode(StrEnum):
-    """How much of a request is written to the request log."""
-
-    FULL = "full"
-    REDACTED = "redacted"
-    """Texts go through the configured detectors first."""
-    METADATA = "metadata"
-    """Everything but the texts of request and answer."""
-    OFF = "off"
-    """No row. Counters and evidence stay exact."""
 
 
 class LogPolicy(Record):

@@ -7,6 +7,7 @@ read by distill_jobs.collect (rows). Knows nothing about HTTP, storage or statis
 from __future__ import annotations
 
 from enum import StrEnum
+from hashlib import sha256
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +15,17 @@ from pydantic import Field, field_validator, model_validator
 from contracts.config import Record
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_MAX_UNIT = 512
+
+
+def bounded_unit(unit: str) -> str:
+    """The unit itself, or its digest when it is longer than anybody's id should be."""
+    return unit if len(unit) <= _MAX_UNIT else sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def hash_unit(unit: str) -> str:
+    """What is stored of a unit or a user id: enough to find it again, not enough to recover it."""
+    return sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class Arm(StrEnum):
@@ -136,6 +148,18 @@ class Outcome(StrEnum):
         return self in (Outcome.UPSTREAM_ERROR, Outcome.TIMEOUT, Outcome.BROKEN_STREAM)
 
 
+class LogMode(StrEnum):
+    """How much of a request is written to the request log."""
+
+    FULL = "full"
+    REDACTED = "redacted"
+    """Texts go through the configured detectors first."""
+    METADATA = "metadata"
+    """Everything but the texts of request and answer."""
+    OFF = "off"
+    """No row. Counters and evidence stay exact."""
+
+
 class RequestRow(Record):
     """One line of the request log (JSON). Written by serve.request_log, read by distill_jobs.collect.
 
@@ -173,8 +197,15 @@ class RequestRow(Record):
     """Time spent inside the router before the upstream was asked."""
     grade: bool | None = None
     """The grader's verdict on the answer, None when it could not be graded."""
+    log_mode: LogMode = LogMode.FULL
+    """How much of the texts below is kept."""
+    subjects: tuple[str, ...] = ()
+    """`user:<hash>` and `conversation:<hash>` of the ids in the request body (hashes as in unit_hash), so
+    that rows can be found and erased whatever is kept of the body."""
     request: dict[str, Any]
     """The request body as the client sent it."""
+    response_chars: int | None = None
+    """Length of the answer's text, given when the text itself is not kept."""
     response_text: str | None = None
     """The assistant's text, assembled from the stream when there was one."""
     response: dict[str, Any] | None = None

@@ -172,7 +172,7 @@ def _stages(facts: dict[str, Any]) -> str:
 
 def _log_rows(out: Path) -> Iterator[dict[str, Any]]:
     """Rows of the request log that a rollout saw; a torn last line is skipped."""
-    for file in sorted((out / "requests").glob("*.jsonl")):
+    for file in sorted((out / "requests").glob("requests-*.jsonl")):
         for line in file.read_bytes().splitlines():
             try:
                 row = orjson.loads(line)

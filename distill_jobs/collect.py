@@ -75,7 +75,7 @@ def run(
 def _task(config: CollectConfig, segment: Segment, folder: Path) -> dict[str, Any]:
     return {
         "segment": segment.model_dump(),
-        "log_dir": str(config.log_dir.resolve()),
+        "log_dir": str(config.log_dir.resolve()) if isinstance(config.log_dir, Path) else config.log_dir,
         "out": str((folder / "segments" / f"{segment.digest[:24]}.parquet").resolve()),
         "config": config.model_dump(mode="json"),
     }

@@ -7,12 +7,13 @@ the stage's key: lowering a batch size after running out of memory repeats nothi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from contracts.config import StrictConfig
 from contracts.gates import Gate
+from distill_jobs.collecting.window import place
 from distill_jobs.training.config import TrainConfig
 
 
@@ -27,8 +28,9 @@ class CollectConfig(Section):
 
     OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"executor", "log_dir"})
 
-    log_dir: Path
-    """Folder of request-log segments (*.jsonl, and *.open.jsonl that is still being written)."""
+    log_dir: Annotated[Path | str, BeforeValidator(lambda v: place(v) if isinstance(v, str) else v)]
+    """Folder of request-log segments (*.jsonl, and *.open.jsonl that is still being written), or the fsspec
+    URL that routers upload them to, e.g. s3://bucket/prefix."""
     executor: Literal["ray", "local"] = "ray"
     """ray: segments are mapped by Ray Data, on the running cluster when there is one. local: in this process.
     """

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from contracts.traffic import Outcome, RequestRow
+from contracts.traffic import LogMode, Outcome, RequestRow
 from distill_jobs.collecting.shingles import signature
-from distill_jobs.collecting.window import Segment, read_segment
+from distill_jobs.collecting.window import Segment, place, read_segment
 from distill_jobs.keys import sha256_of
 
 CHAT = "chat"
@@ -57,7 +57,7 @@ def parse_segment(task: dict[str, Any]) -> dict[str, Any]:
     malformed: list[int] = []
     samples: list[dict[str, Any]] = []
     segment = Segment.model_validate(task["segment"])
-    for number, line in enumerate(read_segment(Path(task["log_dir"]), segment).split(b"\n"), start=1):
+    for number, line in enumerate(read_segment(place(task["log_dir"]), segment).split(b"\n"), start=1):
         if not line.strip():
             continue
         counts["read"] += 1
@@ -91,6 +91,8 @@ def refusal(row: RequestRow, config: dict[str, Any]) -> str | None:
         config["until"] is not None and row.ts >= config["until"]
     ):
         return "outside_window"
+    if row.log_mode in (LogMode.METADATA, LogMode.OFF):
+        return "texts_not_logged"
     if conversation(row.request) is None:
         return "not_text"
     if len(str(row.request.get("messages"))) + len(answer_of(row) or "") > config["max_chars"]:

@@ -1,7 +1,7 @@
 """The log window of a job: which bytes of which segments, fixed when the job first starts.
 
-Serving goes on writing while a job runs; a job that is killed and started again must see the same rows.
-Knows nothing about what is in a row.
+Serving goes on writing while a job runs; a job that is killed and started again must see the same rows. The
+log is a folder, or any fsspec URL that routers upload to. Knows nothing about what is in a row.
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from contracts.config import Record, write_atomic
-from contracts.errors import DataError
+from contracts.errors import ConfigError, DataError
 
 _OPEN = ".open.jsonl"
+_NO_ROWS = "feedback-"
+"""What users said lies beside the rows."""
+
+Place = Path | str
+"""A folder, or an fsspec URL of one."""
 
 
 class Segment(Record):
@@ -26,7 +32,12 @@ class Segment(Record):
     """1 when the file went on with an unfinished line at that moment."""
 
 
-def pin_window(log_dir: Path, file: Path) -> list[Segment]:
+def place(text: str) -> Place:
+    """A log's place as configurations and tasks write it."""
+    return text if "://" in text else Path(text)
+
+
+def pin_window(log_dir: Place, file: Path) -> list[Segment]:
     """The window that `file` pins; pinned now when there is none yet.
 
     Raises: DataError when there are no logs.
@@ -34,7 +45,7 @@ def pin_window(log_dir: Path, file: Path) -> list[Segment]:
     if file.is_file():
         return [Segment.model_validate(s) for s in json.loads(file.read_text(encoding="utf-8"))]
     # By closed name: a segment that is renamed while the folder is listed may appear under both names.
-    found = {_closed(path.name): path.name for path in sorted(log_dir.glob("*.jsonl"), reverse=True)}
+    found = {_closed(name): name for name in sorted(_names(log_dir), reverse=True)}
     segments = [s for name in sorted(found.values()) if (s := _measure(log_dir, name)).bytes]
     if not segments:
         raise DataError(
@@ -44,7 +55,7 @@ def pin_window(log_dir: Path, file: Path) -> list[Segment]:
     return segments
 
 
-def read_segment(log_dir: Path, segment: Segment) -> bytes:
+def read_segment(log_dir: Place, segment: Segment) -> bytes:
     """The pinned bytes, wherever they are now: the router may close (rename) an open segment at any moment.
 
     Raises: DataError when they are gone, or are not the pinned ones any more.
@@ -52,8 +63,7 @@ def read_segment(log_dir: Path, segment: Segment) -> bytes:
     # The open name first: when it is gone, the rename has happened, and the closed name is there.
     for name in (segment.name, _closed(segment.name)):
         try:
-            with (log_dir / name).open("rb") as source:
-                data = source.read(segment.bytes)
+            data = _read(log_dir, name, segment.bytes)
         except FileNotFoundError:
             continue
         if hashlib.sha256(data).hexdigest() == segment.digest:
@@ -68,13 +78,45 @@ def _closed(name: str) -> str:
     return name.removesuffix(_OPEN) + ".jsonl" if name.endswith(_OPEN) else name
 
 
-def _measure(log_dir: Path, name: str) -> Segment:
+def _names(log_dir: Place) -> list[str]:
+    if isinstance(log_dir, Path):
+        names = [path.name for path in log_dir.glob("*.jsonl")]
+    else:
+        fs, root = _remote(log_dir)
+        try:
+            names = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
+        except FileNotFoundError:
+            names = []
+    return [n for n in names if n.endswith(".jsonl") and not n.startswith((_NO_ROWS, "."))]
+
+
+def _read(log_dir: Place, name: str, size: int | None = None) -> bytes:
+    """The first `size` bytes of a file, or all of it. Raises: FileNotFoundError."""
+    if isinstance(log_dir, Path):
+        with (log_dir / name).open("rb") as source:
+            return source.read(-1 if size is None else size)
+    fs, root = _remote(log_dir)
+    data: bytes = fs.cat_file(f"{root}/{name}", start=0, end=size)
+    return data
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    import fsspec  # here: most logs are folders
+
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as err:
+        raise ConfigError(f"collect.log_dir: {url!r} cannot be opened: {err}.") from err
+    return fs, root.rstrip("/")
+
+
+def _measure(log_dir: Place, name: str) -> Segment:
     """Pin a file's whole lines; what follows its last line break is torn, or not written yet."""
     try:
-        data = (log_dir / name).read_bytes()
+        data = _read(log_dir, name)
     except FileNotFoundError:  # closed since the folder was listed
         name = _closed(name)
-        data = (log_dir / name).read_bytes()
+        data = _read(log_dir, name)
     whole = data.rfind(b"\n") + 1
     digest = hashlib.sha256(data[:whole]).hexdigest()
     return Segment(name=name, bytes=whole, digest=digest, torn=int(whole < len(data)))

@@ -1,7 +1,8 @@
 """The queue between a router and its log: never blocks a reply, never fails one.
 
 One thread turns drafts into rows and grades them, another writes them, so neither a slow grader nor a slow
-disk is felt by a request; when the queue is full a row is dropped and counted. Knows nothing about HTTP.
+disk is felt by a request; when the queue is full a row is dropped and counted. Grading sees the whole row
+whatever the policy keeps of it. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from contracts.traffic import Outcome, RequestRow
+from contracts.traffic import LogMode, Outcome, RequestRow
+from serve.request_log.detectors import BUILT_IN
+from serve.request_log.policy import metadata_only
+from serve.request_log.redact import Redactor
 from serve.request_log.segments import SegmentWriter
 
 _log = logging.getLogger("stillhouse.request_log")
@@ -26,7 +31,11 @@ class Draft(Protocol):
     """An ended request whose row is built later, in the log's own thread."""
 
     def build(self) -> RequestRow:
-        """The row, not graded yet."""
+        """The row, not graded yet, with all its texts."""
+        ...
+
+    def log_mode(self) -> LogMode:
+        """How much of the row may be written."""
         ...
 
 
@@ -49,17 +58,27 @@ class LogHooks(Protocol):
         """Rows were lost: the queue was full, or they could not be built or written."""
         ...
 
+    def unredacted(self) -> None:
+        """A row was to be redacted and could not be, so it was written without its texts."""
+        ...
+
 
 class RequestLog:
     """Accepts drafts from one event loop and makes rows of them."""
 
     def __init__(
-        self, writer: SegmentWriter, hooks: LogHooks, queue_rows: int, grader: Grader | None = None
+        self,
+        writer: SegmentWriter,
+        hooks: LogHooks,
+        queue_rows: int,
+        grader: Grader | None = None,
+        redactor: Redactor | None = None,
     ) -> None:
         self._writer = writer
         self._hooks = hooks
         self._bound = queue_rows
         self._grader = grader
+        self._redactor = redactor or Redactor(tuple(BUILT_IN.values()))
         self._drafts: deque[Draft] = deque()
         self._lines: deque[bytes] = deque()
         self._stop = threading.Event()
@@ -111,13 +130,29 @@ class RequestLog:
 
     def _build(self, draft: Draft) -> None:
         try:
+            mode = draft.log_mode()
+            if mode is LogMode.OFF and self._grader is None:
+                return
             row = draft.build()
             if self._grader is not None:
                 row = self._graded(draft, row, self._grader)
-            self._lines.append(row.model_dump_json().encode() + b"\n")
+            if mode is not LogMode.OFF:
+                self._lines.append(self._kept(row, mode).model_dump_json().encode() + b"\n")
         except Exception as err:  # noqa: BLE001 reason: one odd row must not end the log; it is counted
             self._hooks.dropped(1)
-            self._complain("a row could not be built: %r", err)
+            self._complain("a row could not be built: %s", _without_values(err))
+
+    def _kept(self, row: RequestRow, mode: LogMode) -> RequestRow:
+        """What the policy lets through of a row."""
+        if mode is LogMode.FULL:
+            return row
+        if mode is LogMode.REDACTED:
+            try:
+                return self._redactor.row(row)
+            except Exception as err:  # noqa: BLE001 reason: a detector is the user's code; counted and told
+                self._hooks.unredacted()
+                self._complain("a row could not be redacted: %s", _without_values(err))
+        return metadata_only(row)
 
     def _graded(self, draft: Draft, row: RequestRow, grader: Grader) -> RequestRow:
         if row.outcome is not Outcome.OK or row.response_text is None:
@@ -129,7 +164,7 @@ class RequestLog:
             verdict = grader(row.request, row.response_text)
         except Exception as err:  # noqa: BLE001 reason: a grader is the user's code; counted and told
             self._hooks.ungraded("error")
-            self._complain("the grader failed: %r", err)
+            self._complain("the grader failed: %s", _without_values(err))
             return row
         if verdict is None:
             self._hooks.ungraded("abstained")
@@ -149,7 +184,7 @@ class RequestLog:
         try:
             self._writer.close()
         except OSError as err:
-            self._complain("the last segment could not be closed: %r", err)
+            self._complain("the last segment could not be closed: %s", repr(err))
 
     def _write_batch(self) -> None:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
@@ -157,18 +192,23 @@ class RequestLog:
             self._writer.append(lines)
         except OSError as err:
             self._hooks.dropped(len(lines))
-            self._complain("rows could not be written: %r", err)
+            self._complain("rows could not be written: %s", repr(err))
         else:
             if lines:
                 self._hooks.written(len(lines))
         try:
             self._writer.tick()
         except OSError as err:
-            self._complain("the segment could not be synced or rotated: %r", err)
+            self._complain("the segment could not be synced or rotated: %s", repr(err))
 
-    def _complain(self, message: str, err: BaseException) -> None:
+    def _complain(self, message: str, detail: str) -> None:
         """At most one line every ten seconds: a full disk must not fill another one with complaints."""
         now = time.monotonic()
         if now - self._complained_at >= 10 or self._complained_at == 0:
             self._complained_at = now
-            _log.error(message, err, exc_info=err)
+            _log.error(message, detail)
+
+
+def _without_values(err: BaseException) -> str:
+    """Type and place of an error, not its message: that may quote the text that must not be logged."""
+    return f"{type(err).__name__}\n{''.join(traceback.format_tb(err.__traceback__))}"

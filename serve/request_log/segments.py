@@ -1,8 +1,8 @@
 """Segments of JSON lines: appended whole, synced every second, closed by an atomic rename.
 
-`requests-<utc>-<replica>.open.jsonl` is being written, `requests-<utc>-<replica>.jsonl` is final and never
-changes. A process killed in between leaves an open segment that `recover` trims and closes. Knows nothing
-about what a line holds.
+`requests-<utc>-<replica>.open.jsonl` is being written, `requests-<utc>-<replica>.jsonl` is final: only an
+erasure rewrites it, whole. `feedback-…` segments lie beside them. A process killed in between leaves an open
+segment that `recover` trims and closes. Knows nothing about what a line holds.
 """
 
 from __future__ import annotations
@@ -11,20 +11,35 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from contracts.errors import DataError
+
 _log = logging.getLogger("stillhouse.request_log")
 _OPEN = ".open.jsonl"
-_OWNER = re.compile(r"^requests-[^-]+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+\.open\.jsonl$")
+_OWNER = re.compile(r"^(?:requests|feedback)-[^-]+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+\.open\.jsonl$")
+_NAME = re.compile(r"^(?:requests|feedback)-(?P<stamp>\d{8}T\d{6}\.\d+Z)-.+\.jsonl$")
+_STAMP = "%Y%m%dT%H%M%S.%fZ"
 _SYNC_S = 1.0
 
 
 class SegmentWriter:
     """Appends lines to the open segment of one replica. Used by one thread."""
 
-    def __init__(self, folder: Path, replica: str, rotate_bytes: int, rotate_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        replica: str,
+        rotate_bytes: int,
+        rotate_s: float,
+        prefix: str = "requests",
+        settle: Callable[[Path], object] | None = None,
+    ) -> None:
+        """`settle` is called with every segment once it is final, e.g. to apply erasures to it."""
+        self._prefix = prefix
+        self._settle = settle
         self._folder = folder
         self._replica = replica
         self._rotate_bytes = rotate_bytes
@@ -64,12 +79,14 @@ class SegmentWriter:
         fd, self._fd = self._fd, None
         os.fsync(fd)
         os.close(fd)
-        self._path.rename(_final_name(self._path))
+        final = self._path.rename(_final_name(self._path))
+        if self._settle is not None:
+            self._settle(final)
 
     def _open(self) -> int:
         self._folder.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        self._path = self._folder / f"requests-{stamp}-{self._replica}{_OPEN}"
+        stamp = datetime.now(UTC).strftime(_STAMP)
+        self._path = self._folder / f"{self._prefix}-{stamp}-{self._replica}{_OPEN}"
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
         self._size, self._dirty = 0, False
         self._opened_at = self._synced_at = time.monotonic()
@@ -92,7 +109,7 @@ def recover(folder: Path, host: str) -> list[Path]:
     Returns the final segments. Safe to run in several processes at once.
     """
     closed = []
-    for path in sorted(folder.glob(f"requests-*{_OPEN}")):
+    for path in open_segments(folder):
         owner = _OWNER.match(path.name)
         if owner is None or owner["host"] != host or _alive(int(owner["pid"])):
             continue
@@ -106,6 +123,31 @@ def recover(folder: Path, host: str) -> list[Path]:
             continue
         _log.warning("closed segment %s left by a process that died (%d bytes)", path.name, kept)
     return closed
+
+
+def open_segments(folder: Path) -> list[Path]:
+    """Segments that are being written, or were left by a process that died."""
+    return sorted(
+        path for path in folder.glob(f"*{_OPEN}") if path.name.startswith(("requests-", "feedback-"))
+    )
+
+
+def final_segments(folder: Path) -> list[Path]:
+    """Closed segments, oldest first; files of other names are not ours to touch."""
+    return sorted(path for path in folder.glob("*.jsonl") if is_final(path.name))
+
+
+def is_final(name: str) -> bool:
+    """True for the name of a closed segment."""
+    return _NAME.match(name) is not None and not name.endswith(_OPEN)
+
+
+def opened_at(name: str) -> float:
+    """When the segment of this name was begun, in Unix seconds: no row of it is older."""
+    found = _NAME.match(name)
+    if found is None:
+        raise DataError(f"{name!r} is not the name of a segment.")
+    return datetime.strptime(found["stamp"], _STAMP).replace(tzinfo=UTC).timestamp()
 
 
 def _final_name(path: Path) -> Path:

@@ -14,6 +14,7 @@ from serve.router.exchange import Exchange
 from serve.router.keys import KeyTable
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
+from serve.router.served import ServedIds
 from serve.router.table import RouteTable
 
 
@@ -21,10 +22,17 @@ class Accounts:
     """The books of one router process."""
 
     def __init__(
-        self, table: RouteTable, metrics: Metrics, ledger: Ledger, keys: KeyTable, log: RequestLog | None
+        self,
+        table: RouteTable,
+        metrics: Metrics,
+        ledger: Ledger,
+        keys: KeyTable,
+        served: ServedIds | None,
+        log: RequestLog | None,
     ) -> None:
         self._table = table
         self._keys = keys
+        self._served = served
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
@@ -46,6 +54,8 @@ class Accounts:
             key = ex.evidence()
             if key is not None:
                 self._ledger.count(key, ex.outcome.failed, ex.ttft_s, ex.e2e_s)
+        if self._served is not None and ex.assignment.arm is not Arm.SHADOW:
+            self._served.note(ex)
         if self._log is not None:
             self._log.submit(ex)
 

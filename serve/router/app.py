@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
-import secrets
-import socket
 import sys
 import time
 from pathlib import Path
@@ -20,20 +16,28 @@ from typing import Any, cast
 from contracts.errors import ConfigError
 from contracts.keys import ApiKey
 from contracts.plugins import load_function
-from serve.request_log import RequestLog, SegmentWriter, recover
+from serve.request_log import Keeper, RequestLog, SegmentWriter, recover
+from serve.request_log.detectors import BUILT_IN, load_detectors
+from serve.request_log.erase import settle
+from serve.request_log.redact import Redactor
+from serve.request_log.remote import Remote
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused, error_body, error_for
+from serve.router.feedback import PATH as FEEDBACK
+from serve.router.feedback import FeedbackDesk
 from serve.router.guard import Receive
 from serve.router.keys import KeyTable, in_scope
 from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
+from serve.router.names import host_name, replica_name
 from serve.router.pool import Pools
 from serve.router.proxy import Proxy
 from serve.router.readiness import Readiness
 from serve.router.relay import Send
 from serve.router.replies import send_bytes, send_json
+from serve.router.served import ServedIds
 from serve.router.sync import StateSync
 from serve.router.table import RouteTable
 from serve.router.verdicts import Verdicts
@@ -50,6 +54,7 @@ ROUTED = frozenset(
 """Paths passed to upstreams: a fixed list, so that no client can reach an upstream's other doors."""
 _LOCAL = ("/v1/models", "/health", "/ready", "/metrics")
 _SWITCH_INTERVAL_S = 0.0005
+_LAST_UPLOAD_S = 20.0
 
 
 class RouterApp:
@@ -59,6 +64,9 @@ class RouterApp:
         self.config = config
         self.replica = replica_name()
         self._grader = load_function(config.grader, "router.grader") if config.grader is not None else None
+        self._redactor = Redactor(load_detectors(config.log.detectors if config.log else BUILT_IN))
+        self._keeper: Keeper | None = None
+        self._desk: FeedbackDesk | None = None
         self._draining = False
         self._proxy: Proxy | None = None
 
@@ -78,10 +86,12 @@ class RouterApp:
             await send_json(send, 503, error_body("The router is not started.", "server_error"))
         elif path in ROUTED and scope["method"] == "POST":
             await self._proxy.handle(scope, receive, send, path)
+        elif path == FEEDBACK and scope["method"] == "POST" and self._desk is not None:
+            await self._desk.handle(scope, receive, send)
         elif scope["method"] in ("GET", "HEAD") and (path in _LOCAL or path.startswith("/v1/models/")):
             await self._local(path, scope, send)
         else:
-            known = path in ROUTED or path in _LOCAL
+            known = path in ROUTED or path in _LOCAL or (path == FEEDBACK and self._desk is not None)
             status = 405 if known else 404
             what = f"{scope['method']} is not allowed here." if known else "There is nothing at this path."
             self._metrics.refused(status, path if known else OTHER)
@@ -160,6 +170,7 @@ class RouterApp:
         )
         self._readiness = Readiness(config.routes, self._table, self._pools, self._client)
         await self._sync.start()
+        served = await self._open_desk()
         self._proxy = Proxy(
             config,
             self._table,
@@ -169,6 +180,7 @@ class RouterApp:
             self._ledger,
             self._request_log,
             self._keys,
+            served,
         )
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 
@@ -185,6 +197,10 @@ class RouterApp:
         if self._request_log is not None and not await asyncio.to_thread(self._request_log.close):
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
         await self._sync.stop()  # after the log: the last grades are evidence too
+        if self._desk is not None:
+            await self._desk.stop()
+        if self._keeper is not None and not await asyncio.to_thread(self._keeper.close, _LAST_UPLOAD_S):
+            _log.error("router %s leaves with segments to upload; the next one does it", self.replica)
         self._client.close()
         _log.info("router %s stopped", self.replica)
 
@@ -194,23 +210,35 @@ class RouterApp:
             return None
         folder = Path(log.dir)
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        await asyncio.to_thread(recover, folder, self.replica.rsplit("-", 2)[0])
-        writer = SegmentWriter(folder, self.replica, log.rotate_bytes, log.rotate_s)
+        await asyncio.to_thread(recover, folder, host_name())
+        writer = SegmentWriter(folder, self.replica, log.rotate_bytes, log.rotate_s, settle=settle)
         hooks = Verdicts(self._metrics, self._ledger)
-        request_log = RequestLog(writer, hooks, log.queue_rows, self._grader)
+        request_log = RequestLog(writer, hooks, log.queue_rows, self._grader, self._redactor)
         request_log.start()
+        remote = Remote(log.upload) if log.upload is not None else None
+        self._keeper = Keeper(folder, remote, log.keep_local, log.retention_days, hooks.uploaded)
+        self._keeper.start()
         return request_log
+
+    async def _open_desk(self) -> ServedIds | None:
+        if not self.config.feedback:
+            return None
+        log, lines = self.config.log, None
+        if log is not None:
+            lines = SegmentWriter(
+                Path(log.dir), self.replica, log.rotate_bytes, log.rotate_s, "feedback", settle
+            )
+        served = ServedIds(self.config.served_queue, self._metrics)
+        self._desk = FeedbackDesk(
+            self.config, self._table, self._keys, self._metrics, served, self._redactor, lines
+        )
+        await self._desk.start()
+        return served
 
 
 def create_app(config: RouterConfig) -> RouterApp:
     """The ASGI application of one router process."""
     return RouterApp(config)
-
-
-def replica_name() -> str:
-    """host-pid-random: unique for every start of every process."""
-    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64] or "host"
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _path(scope: dict[str, Any]) -> str:

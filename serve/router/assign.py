@@ -12,11 +12,10 @@ from typing import Any
 
 import orjson
 
-from contracts.traffic import Arm, Assignment, Reason, Split, UnitKind
+from contracts.traffic import Arm, Assignment, Reason, Split, UnitKind, bounded_unit, hash_unit
 
 _TWO_64 = float(2**64)
 _BELOW_ONE = 1.0 - 2.0**-53
-_MAX_UNIT = 512
 
 
 def fraction_of(salt: str, unit: str) -> float:
@@ -35,15 +34,15 @@ def unit_of(conversation: str | None, body: Mapping[str, Any], request_id: str) 
         request_id: the unit of last resort; such requests are not sticky.
     """
     if conversation:
-        return UnitKind.HEADER, _bounded(conversation)
+        return UnitKind.HEADER, bounded_unit(conversation)
     user = body.get("user")
     if isinstance(user, str) and user:
-        return UnitKind.USER, _bounded(user)
+        return UnitKind.USER, bounded_unit(user)
     metadata = body.get("metadata")
     if isinstance(metadata, dict):
         named = metadata.get("conversation_id")
         if isinstance(named, str) and named:
-            return UnitKind.METADATA, _bounded(named)
+            return UnitKind.METADATA, bounded_unit(named)
     head = _first_messages(body.get("messages"))
     if head is not None:
         return UnitKind.MESSAGES, head
@@ -67,14 +66,10 @@ def assign(split: Split, unit_kind: UnitKind, unit: str, override: Arm | None = 
         arm=arm,
         reason=reason,
         unit_kind=unit_kind,
-        unit_hash=sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        unit_hash=hash_unit(unit),
         fraction=fraction,
         split_version=split.version,
     )
-
-
-def _bounded(unit: str) -> str:
-    return unit if len(unit) <= _MAX_UNIT else sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _first_messages(messages: object) -> str | None:

@@ -5,9 +5,14 @@ Importable without ray or prometheus_client. Knows nothing about splits: those l
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from contracts.config import StrictConfig
+from serve.request_log.detectors import BUILT_IN
+
+_DETECTOR = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
 class RequestLogConfig(StrictConfig):
@@ -21,6 +26,23 @@ class RequestLogConfig(StrictConfig):
     """A segment with rows is closed once it is this old."""
     queue_rows: int = Field(default=10_000, ge=1)
     """Rows waiting to be written; above it rows are dropped and counted, replies are never delayed."""
+    detectors: tuple[str, ...] = Field(default=tuple(BUILT_IN), min_length=1)
+    """What rows of mode 'redacted' are searched for: built-in names, or 'module:function', called off the hot
+    path as (text) -> iterable of (start, end, label)."""
+    upload: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9+.-]*://.+$")
+    """fsspec URL of a folder that final segments are copied to, e.g. s3://bucket/prefix; None: nowhere."""
+    keep_local: bool = True
+    """False: a segment is removed from `dir` once it was uploaded."""
+    retention_days: float | None = Field(default=None, gt=0)
+    """Segments older than this are deleted, in `dir` and at `upload`; None: never."""
+
+    @field_validator("detectors")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in BUILT_IN and not _DETECTOR.match(name):
+                raise ValueError(f"{name!r} is none of {', '.join(BUILT_IN)}, and not 'module:function'")
+        return value
 
 
 class Timeouts(StrictConfig):
@@ -49,6 +71,12 @@ class RouterConfig(StrictConfig):
     """None: no request log (the grader then does not run either)."""
     grader: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """'module:function', called off the hot path as (request, response_text) -> bool | None."""
+    feedback: bool = True
+    """Take `POST /v1/feedback`, and store the ids of answered requests for it."""
+    feedback_days: float = Field(default=30.0, gt=0)
+    """How long after its request feedback is taken, and kept in the state store."""
+    served_queue: int = Field(default=50_000, ge=1)
+    """Request ids waiting to be stored; above it they are dropped and counted."""
     poll_s: float = Field(default=0.2, gt=0, le=5)
     """How often splits and endpoints are read."""
     flush_s: float = Field(default=1.0, gt=0, le=30)

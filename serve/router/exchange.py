@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from contracts.routes import Priority
-from contracts.traffic import Assignment, Outcome, Reason, RequestRow, Upstream
+from contracts.routes import LogPolicy, Priority
+from contracts.traffic import Assignment, LogMode, Outcome, Reason, RequestRow, Upstream
+from serve.request_log.policy import mode_of
+from serve.request_log.subjects import subjects_of
 from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
@@ -20,15 +22,17 @@ from serve.router.table import Route
 EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
 """Only generation says something about an arm; tokenize and embeddings do not."""
 
+LOG_EVERYTHING = LogPolicy()
+
 
 class Exchange:
     """One routed request from its assignment to its end."""
 
     __slots__ = (
         "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
-        "ended", "endpoint", "error", "fell_back", "held", "key_id", "metrics", "outcome", "overhead_s",
-        "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served", "served_arm",
-        "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
+        "ended", "endpoint", "error", "fell_back", "held", "key_id", "log_policy", "metrics", "outcome",
+        "overhead_s", "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served",
+        "served_arm", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +68,8 @@ class Exchange:
         """Of a shadow: the request it copies."""
         self.key_id: str | None = None
         """The API key that asked; never its secret."""
+        self.log_policy = LOG_EVERYTHING
+        """How much of this request is logged: the stricter of its route's and its key's policy."""
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
@@ -139,11 +145,16 @@ class Exchange:
             tpot_s=self.tpot_s(),
             e2e_s=self.e2e_s,
             overhead_s=self.overhead_s,
+            subjects=subjects_of(self.body),
             request=self.body,
             response_text=answer.text,
             response=self.response,
             error=self.error,
         )
+
+    def log_mode(self) -> LogMode:
+        """How much of the row may be written."""
+        return mode_of(self.log_policy, self.assignment.unit_hash)
 
     def _answer(self) -> Answer:
         if self.streamed:

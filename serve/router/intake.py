@@ -16,6 +16,7 @@ import orjson
 from contracts.keys import ApiKey
 from contracts.routes import Affinity
 from contracts.traffic import Arm
+from serve.request_log.policy import effective
 from serve.router.assign import assign, unit_of
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
@@ -101,8 +102,11 @@ class Intake:
             ex.cap = completion_cap(endpoint, {**settings.parameters, **parsed}, settings.limits.max_tokens)
         if settings.affinity is not Affinity.NONE:
             ex.affinity = affinity_key(settings.affinity, unit, parsed)
+        ex.log_policy = settings.log
         if key is not None:
             ex.key_id, ex.priority = key.id, key.priority
+            if key.log is not None:
+                ex.log_policy = effective(settings.log, key.log)
         return ex
 
     def _route(self, model: object, key: ApiKey | None) -> Route:

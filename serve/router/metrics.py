@@ -169,6 +169,28 @@ class Metrics:
         self.log_dropped = Counter(
             "stillhouse_log_dropped_total", "Rows lost before they were written.", registry=reg
         )
+        self.log_unredacted = Counter(
+            "stillhouse_log_unredacted_total",
+            "Rows written without their texts because a detector failed.",
+            registry=reg,
+        )
+        self.log_uploads = Counter(
+            "stillhouse_log_uploads_total",
+            "Log segments sent to the remote folder, by result (ok, error).",
+            ["result"],
+            registry=reg,
+        )
+        self.feedback = Counter(
+            "stillhouse_feedback_total",
+            "Judgements of users, each once.",
+            ["route", "arm", "verdict"],
+            registry=reg,
+        )
+        self.served_dropped = Counter(
+            "stillhouse_served_ids_dropped_total",
+            "Request ids that were not stored, so that feedback on them is refused.",
+            registry=reg,
+        )
         self.log_queue = Gauge(
             "stillhouse_log_queue",
             "Rows waiting to be written.",

@@ -30,6 +30,7 @@ from serve.router.metrics import OTHER, Metrics
 from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
+from serve.router.served import ServedIds
 from serve.router.shadow import Shadows
 from serve.router.table import RouteTable
 
@@ -51,6 +52,7 @@ class Proxy:
         ledger: Ledger,
         log: RequestLog | None,
         keys: KeyTable,
+        served: ServedIds | None = None,
     ) -> None:
         self._config = config
         self._table = table
@@ -58,7 +60,7 @@ class Proxy:
         self._metrics = metrics
         self._keys = keys
         self._intake = Intake(config, table, keys)
-        self._accounts = Accounts(table, metrics, ledger, keys, log)
+        self._accounts = Accounts(table, metrics, ledger, keys, served, log)
         self._ended = self._accounts.ended
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
         self.shadows = Shadows(self._relay, self._accounts, table, pools, metrics, config.timeouts.total_s)

@@ -104,6 +104,7 @@ class Shadows:
             ex.trace,
         )
         copy.served, copy.pair_id, copy.cap = shadow.upstream, ex.request_id, ex.cap
+        copy.log_policy, copy.key_id = ex.log_policy, ex.key_id
         copy.held = self._table.hold_upstream(shadow.upstream.name)
         copy.metrics = self._metrics.arm(ex.route.split.route, Arm.SHADOW.value, shadow.upstream.name)
         copy.metrics.in_flight.inc()

@@ -24,9 +24,11 @@ class Route:
 
     __slots__ = ("_headers", "limiter", "settings", "split")
 
-    def __init__(self, split: Split, settings: RouteSettings, limiter: Limiter | None) -> None:
+    def __init__(
+        self, split: Split, settings: RouteSettings | None = None, limiter: Limiter | None = None
+    ) -> None:
         self.split = split
-        self.settings = settings
+        self.settings = settings or RouteSettings(route=split.route)
         self.limiter = limiter
         """Shared by all versions of this route; None where nothing is bounded."""
         self._headers: dict[tuple[Arm, str], list[tuple[bytes, bytes]]] = {}

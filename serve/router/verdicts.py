@@ -39,3 +39,11 @@ class Verdicts:
     def dropped(self, rows: int) -> None:
         """Count rows that were lost."""
         self._metrics.log_dropped.inc(rows)
+
+    def uploaded(self, ok: bool) -> None:
+        """Count an upload of a segment."""
+        self._metrics.log_uploads.labels("ok" if ok else "error").inc()
+
+    def unredacted(self) -> None:
+        """Count a row that lost its texts because a detector failed."""
+        self._metrics.log_unredacted.inc()

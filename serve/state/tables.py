@@ -168,9 +168,12 @@ served = Table(
     Column("arm", String(16), nullable=False),
     Column("rollout_id", String(128)),
     Column("split_version", Integer, nullable=False),
+    Column("log_mode", String(16), nullable=False),
+    Column("subjects", Text, nullable=False),
     Column("at", Float, nullable=False, index=True),
 )
-"""Requests that feedback may refer to, for as long as late feedback is taken."""
+"""Requests that feedback may refer to, for as long as late feedback is taken. `log_mode` says whether the
+texts of that feedback may be kept, `subjects` (hashes, separated by spaces) whose request it was."""
 
 feedback = Table(
     "feedback",

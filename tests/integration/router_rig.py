@@ -143,7 +143,7 @@ class World:
 
     def rows(self) -> list[dict[str, Any]]:
         """All log rows, open segments included."""
-        files = sorted((self.folder / "log").glob("*.jsonl"))
+        files = sorted((self.folder / "log").glob("requests-*.jsonl"))
         return [json.loads(line) for f in files for line in f.read_text().splitlines()]
 
     def evidence(self) -> dict[str, ArmCounts]:

@@ -237,7 +237,7 @@ def wait_until(what: str, happened: Callable[[], Any], timeout_s: float = 60.0, 
 def request_rows(config: ServeConfig) -> list[dict[str, Any]]:
     """All rows of the request log, closed segments and open ones."""
     folder = config.run_dir / "requests"
-    lines = [line for f in sorted(folder.glob("*.jsonl")) for line in f.read_text().splitlines()]
+    lines = [line for f in sorted(folder.glob("requests-*.jsonl")) for line in f.read_text().splitlines()]
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 

@@ -307,3 +307,39 @@ def test_finished_segments_are_not_parsed_again(tmp_path: Path) -> None:
     report.write_text(json.dumps(marked))
     result, _ = collect(tmp_path, lines, validation=0, calibration=0)
     assert result.counts["kept_by_first_run"] == 1
+
+
+def test_rows_without_texts_are_counted_and_redacted_ones_are_used(tmp_path: Path) -> None:
+    """A log of metadata says so instead of giving an empty dataset; redacted texts are training data."""
+    modes = {"metadata": "question one", "redacted": "question two of [EMAIL]", "full": "question three here"}
+    lines = [json.dumps(log_row(n, chat(t), log_mode=m)) for n, (m, t) in enumerate(modes.items())]
+    result, rows = collect(tmp_path, lines, validation=0, calibration=0)
+    assert result.counts["texts_not_logged"] == 1
+    assert {r["text"] for r in rows["train"]} == {"question two of [email]", "question three here"}
+
+
+def test_feedback_beside_the_log_is_no_row(tmp_path: Path) -> None:
+    """Segments of judgements lie in the same folder and are not read as malformed requests."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "feedback-1.jsonl").write_text('{"id": "f"}\n')
+    result, _ = collect(tmp_path, [json.dumps(log_row(1, chat("x")))], validation=0, calibration=0)
+    assert (result.counts["segments"], result.counts["read"], result.counts["train"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("url", ["file://{}", "memory://collect/log"])
+def test_a_log_is_read_from_where_it_was_uploaded(tmp_path: Path, url: str) -> None:
+    """Any fsspec URL works like a folder: pinned at the first start, checked by digest."""
+    import fsspec
+
+    log_dir = url.format(tmp_path / "far")
+    data = json.dumps(log_row(1, chat("a question from far away"))).encode() + b"\n"
+    with fsspec.open(f"{log_dir}/requests-1.jsonl", "wb", auto_mkdir=True) as file:
+        file.write(data)
+    config = CollectConfig(log_dir=log_dir, executor="local", min_rows=1, validation=0, calibration=0)
+    window = pin_window(config.log_dir, tmp_path / "window.json")
+    assert [(s.name, s.bytes) for s in window] == [("requests-1.jsonl", len(data))]
+    (tmp_path / "c").mkdir()
+    result = run(config, window, [], tmp_path / "c", Progress(tmp_path / "p.json"))
+    assert result.counts["train"] == 1
+    with pytest.raises(DataError, match="no request-log segments"):
+        pin_window(f"{log_dir}/nowhere", tmp_path / "w2.json")

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from contracts.traffic import Arm, Outcome, Reason, RequestRow, UnitKind
+from contracts.traffic import Arm, LogMode, Outcome, Reason, RequestRow, UnitKind
 from serve.request_log import RequestLog, SegmentWriter, recover
 
 
@@ -27,11 +27,15 @@ def row(number: int, text: str | None = "answer", outcome: Outcome = Outcome.OK)
 
 
 class Drafted:
-    def __init__(self, made: RequestRow) -> None:
+    def __init__(self, made: RequestRow, mode: LogMode = LogMode.FULL) -> None:
         self.made = made
+        self.mode = mode
 
     def build(self) -> RequestRow:
         return self.made
+
+    def log_mode(self) -> LogMode:
+        return self.mode
 
 
 class Hooks:
@@ -49,6 +53,9 @@ class Hooks:
 
     def dropped(self, rows: int) -> None:
         self.seen["dropped"] += rows
+
+    def unredacted(self) -> None:
+        self.seen["unredacted"] += 1
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -130,6 +137,9 @@ def test_a_draft_that_cannot_be_built_costs_itself_only(tmp_path: Path) -> None:
     class Odd:
         def build(self) -> RequestRow:
             raise ValueError("odd")
+
+        def log_mode(self) -> LogMode:
+            return LogMode.FULL
 
     log, hooks = opened(tmp_path)
     log.submit(Odd())

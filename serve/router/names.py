@@ -1,0 +1,18 @@
+"""Names of router processes, which are also in the names of their log segments. Knows nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+
+
+def host_name() -> str:
+    """This machine, in characters that every name may have."""
+    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())[:64] or "host"
+
+
+def replica_name() -> str:
+    """host-pid-random: unique for every start of every process."""
+    return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
