@@ -32,6 +32,7 @@ from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
 from serve.router.names import host_name, replica_name
+from serve.router.openapi import ROUTED, document
 from serve.router.pool import Pools
 from serve.router.proxy import Proxy
 from serve.router.readiness import Readiness
@@ -44,15 +45,7 @@ from serve.router.verdicts import Verdicts
 
 _log = logging.getLogger("stillhouse.router")
 
-ROUTED = frozenset(
-    (
-        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
-        "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/score",
-        "/pooling", "/classify", "/tokenize", "/detokenize",
-    )
-)  # fmt: skip
-"""Paths passed to upstreams: a fixed list, so that no client can reach an upstream's other doors."""
-_LOCAL = ("/v1/models", "/health", "/ready", "/metrics")
+_LOCAL = ("/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
 _SWITCH_INTERVAL_S = 0.0005
 _LAST_UPLOAD_S = 20.0
 
@@ -91,12 +84,18 @@ class RouterApp:
         elif scope["method"] in ("GET", "HEAD") and (path in _LOCAL or path.startswith("/v1/models/")):
             await self._local(path, scope, send)
         else:
-            known = path in ROUTED or path in _LOCAL or (path == FEEDBACK and self._desk is not None)
+            known = (
+                path in ROUTED
+                or path in _LOCAL
+                or path.startswith("/v1/models/")
+                or (path == FEEDBACK and self._desk is not None)
+            )
             status = 405 if known else 404
             what = f"{scope['method']} is not allowed here." if known else "There is nothing at this path."
-            self._metrics.refused(status, path if known else OTHER)
+            self._metrics.refused(status, path if path in ROUTED or path in _LOCAL else OTHER)
             body = error_for(path, status, error_body(what, "invalid_request_error", "not_found"))
-            await send_json(send, status, body)
+            allow = [(b"allow", b"POST" if path in ROUTED else b"GET, HEAD")] if known else []
+            await send_json(send, status, body, headers=allow)
 
     async def _local(self, path: str, scope: dict[str, Any], send: Send) -> None:
         if path == "/metrics":
@@ -110,6 +109,8 @@ class RouterApp:
             missing = [*missing, *self._keys.missing()]
             status = "ready" if not missing else "not ready"
             await send_json(send, 503 if missing else 200, {"status": status, "missing": missing})
+        elif path == "/openapi.json":
+            await send_bytes(send, 200, b"application/json", document())
         else:
             try:
                 await self._models(path, self._keys.identify(scope["headers"]), send)

@@ -16,8 +16,8 @@ from contracts.traffic import Split, Upstream
 from demo.world.cases import case
 from serve.engine.config import EngineOptions
 from serve.engine.process import VllmProcess
-from serve.router.app import ROUTED
 from serve.router.config import RouterConfig
+from serve.router.openapi import ROUTED
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 from tests.clients.node_rig import run_node
