@@ -35,7 +35,10 @@ def erase(
         str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration.")
     ] = None,
 ) -> None:
-    """Remove every row of a conversation, a user or a request: log, uploads, feedback. Safe while it runs."""
+    """Remove every row of a conversation, a user or a request: log, uploads, feedback. Safe while it runs.
+
+    Hosts that have a log folder of their own need it run on each of them.
+    """
     from serve.config import load_serve_config
     from serve.request_log.erase import erase as erase_rows
     from serve.request_log.remote import Remote

@@ -13,10 +13,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from contracts.errors import ConfigError, DataError
-from contracts.traffic import LogMode
+from contracts.routes import LogPolicy
+from contracts.traffic import LogMode, Split, UnitKind, Upstream
 from serve.request_log import detectors
 from serve.request_log.detectors import BUILT_IN, Span, load_detectors
 from serve.request_log.redact import Redactor, merged, replaced, replaced_in_parts
+from serve.router.assign import assign
+from serve.router.exchange import Exchange
+from serve.router.table import Route
 from tests.unit.test_request_log import row
 
 REDACTOR = Redactor(tuple(BUILT_IN.values()))
@@ -210,6 +214,21 @@ def test_a_row_is_redacted_everywhere_but_in_what_its_developer_wrote() -> None:
         "tools": tools, "user": "[EMAIL]", "metadata": {"phone": 4915112345671}, "seed": 4111111111111111,
         "input": "call [EMAIL]", "logprobs": True,
     }  # fmt: skip
+
+
+def test_what_a_stream_tears_apart_is_redacted_whole() -> None:
+    """Detectors see the assembled answer, not the chunks it came in."""
+    split = Split(route="r", version=1, salt="s", stable=Upstream(name="t", model="m", url="http://h"))
+    ex = Exchange(
+        "r1", "/v1/chat/completions", Route(split), assign(split, UnitKind.HEADER, "c"), {}, 0.0, b""
+    )
+    ex.streamed = True
+    for piece in ("I am al", "ice@exam", "ple.c", "om!"):
+        event = {"choices": [{"index": 0, "delta": {"content": piece}}]}
+        ex.chunks.append(b"data: " + json.dumps(event).encode() + b"\n\n")
+    ex.log_policy = LogPolicy(mode=LogMode.REDACTED)
+    assert ex.log_mode() is LogMode.REDACTED
+    assert REDACTOR.row(ex.build()).response_text == "I am [EMAIL]!"
 
 
 def test_a_detector_of_ones_own_is_used_and_checked() -> None:
