@@ -94,7 +94,9 @@ class RouterApp:
             what = f"{scope['method']} is not allowed here." if known else "There is nothing at this path."
             self._metrics.refused(status, path if path in ROUTED or path in _LOCAL else OTHER)
             body = error_for(path, status, error_body(what, "invalid_request_error", "not_found"))
-            allow = [(b"allow", b"POST" if path in ROUTED else b"GET, HEAD")] if known else []
+            allow = (
+                [(b"allow", b"POST" if path in ROUTED or path == FEEDBACK else b"GET, HEAD")] if known else []
+            )
             await send_json(send, status, body, headers=allow)
 
     async def _local(self, path: str, scope: dict[str, Any], send: Send) -> None:
