@@ -35,6 +35,8 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
         raise
     try:
         wait_until("ready", lambda: get(f"{router.url}/ready")[0] == 200)
+        wait_until("both report", lambda: len(world.state.routers(10)) == 2)
+        time.sleep(1.0)  # HAProxy hears of the second one a moment later
         client = openai_client(router).with_options(api_key=secret)
 
         def one(i: int) -> str:
