@@ -36,6 +36,7 @@ from serve.router.relay import Send
 from serve.router.replies import send_bytes, send_json
 from serve.router.sync import StateSync
 from serve.router.table import RouteTable
+from serve.router.tracing import Tracer
 from serve.router.verdicts import Verdicts
 
 _log = logging.getLogger("stillhouse.router")
@@ -132,11 +133,19 @@ class RouterApp:
         self._client = HttpClient(config.timeouts.connect_s)
         self._ledger = Ledger(self.replica)
         self._request_log = await self._open_log()
+        self._tracer = self._start_tracer()
         self._sync = StateSync(config, self.replica, self._table, self._pools, self._ledger, self._metrics)
         self._readiness = Readiness(config.routes, self._table, self._pools, self._client)
         await self._sync.start()
         self._proxy = Proxy(
-            config, self._table, self._pools, self._client, self._metrics, self._ledger, self._request_log
+            config,
+            self._table,
+            self._pools,
+            self._client,
+            self._metrics,
+            self._ledger,
+            self._request_log,
+            self._tracer,
         )
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 
@@ -151,9 +160,18 @@ class RouterApp:
             _log.error("router %s leaves with %d requests running", self.replica, self._proxy.active)
         if self._request_log is not None and not await asyncio.to_thread(self._request_log.close):
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.stop)
         await self._sync.stop()  # after the log: the last grades are evidence too
         self._client.close()
         _log.info("router %s stopped", self.replica)
+
+    def _start_tracer(self) -> Tracer | None:
+        if self.config.tracing is None:
+            return None
+        tracer = Tracer(self.config.tracing, self.replica)
+        tracer.start()
+        return tracer
 
     async def _open_log(self) -> RequestLog | None:
         log = self.config.log

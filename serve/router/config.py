@@ -38,6 +38,16 @@ class Timeouts(StrictConfig):
     """For the whole exchange, retries included."""
 
 
+class TracingConfig(StrictConfig):
+    """Where OpenTelemetry traces go."""
+
+    endpoint: str = Field(pattern=r"^https?://[^/\s]+\S*$")
+    """An OTLP/HTTP collector, e.g. http://collector:4318; `/v1/traces` is added to a URL without a path.
+    Credentials belong into OTEL_EXPORTER_OTLP_HEADERS."""
+    sample: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the traces begun here; a client's own trace is exported if the client samples it."""
+
+
 class RouterConfig(StrictConfig):
     """Everything one router process needs; all replicas of a router share it."""
 
@@ -49,6 +59,8 @@ class RouterConfig(StrictConfig):
     """None: no request log (the grader then does not run either)."""
     grader: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """'module:function', called off the hot path as (request, response_text) -> bool | None."""
+    tracing: TracingConfig | None = None
+    """None: no traces, and a client's `traceparent` is passed on as it is."""
     poll_s: float = Field(default=0.2, gt=0, le=5)
     """How often splits and endpoints are read."""
     flush_s: float = Field(default=1.0, gt=0, le=30)

@@ -20,6 +20,7 @@ from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
 from serve.router.guard import Receive
 from serve.router.table import Route, RouteTable
+from serve.router.tracing import Tracer
 
 Headers = dict[bytes, bytes]
 
@@ -31,9 +32,12 @@ _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 class Intake:
     """Makes exchanges of requests, under one configuration."""
 
-    def __init__(self, config: RouterConfig, table: RouteTable) -> None:
+    def __init__(self, config: RouterConfig, table: RouteTable, tracer: Tracer | None = None) -> None:
         self._config = config
         self._table = table
+        self._tracer = tracer
+        # With traces of our own the upstream's parent is our span, not the client's.
+        self._passed_on = _PASSED_ON if tracer is None else _PASSED_ON[1:]
         self._conversation = config.conversation_header.encode()
         self._wanted = frozenset(
             (b"x-request-id", b"x-stillhouse-arm", b"content-length", self._conversation, *_PASSED_ON)
@@ -86,9 +90,13 @@ class Intake:
             kind, unit = unit_of(conversation, parsed, request_id)
         except orjson.JSONEncodeError as err:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
-        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
+        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
         assignment = assign(route.split, kind, unit, override)
-        return Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        if self._tracer is not None:
+            ex.span = self._tracer.begin(headers.get(b"traceparent"))
+            ex.trace += ex.span.header()
+        return ex
 
     def _route(self, model: object) -> Route:
         if not isinstance(model, str) or not model:

@@ -27,6 +27,7 @@ from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
 from serve.router.table import RouteTable
+from serve.router.tracing import Tracer
 
 _log = logging.getLogger("stillhouse.router")
 _TRIES_PER_ARM = 2
@@ -44,6 +45,7 @@ class Proxy:
         metrics: Metrics,
         ledger: Ledger,
         log: RequestLog | None,
+        tracer: Tracer | None = None,
     ) -> None:
         self._config = config
         self._table = table
@@ -51,8 +53,10 @@ class Proxy:
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
-        self._intake = Intake(config, table)
-        self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
+        self._tracer = tracer
+        self._intake = Intake(config, table, tracer)
+        keep_chunks = log is not None or tracer is not None
+        self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks)
         self.active = 0
         """Requests that have not been answered to the end."""
 
@@ -210,6 +214,8 @@ class Proxy:
                 self._ledger.count(key, ex.outcome.failed, ex.ttft_s, ex.e2e_s)
         if self._log is not None:
             self._log.submit(ex)
+        if self._tracer is not None:
+            self._tracer.submit(ex)
 
     def _count_tokens(self, ex: Exchange) -> None:
         """Tokens are the serving arm's: it made them, whoever is charged with the request."""
