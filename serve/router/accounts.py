@@ -16,6 +16,7 @@ from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.served import ServedIds
 from serve.router.table import RouteTable
+from serve.router.tracing import Tracer
 
 
 class Accounts:
@@ -29,6 +30,7 @@ class Accounts:
         keys: KeyTable,
         served: ServedIds | None,
         log: RequestLog | None,
+        tracer: Tracer | None,
     ) -> None:
         self._table = table
         self._keys = keys
@@ -36,6 +38,9 @@ class Accounts:
         self._metrics = metrics
         self._ledger = ledger
         self._log = log
+        self._tracer = tracer
+        self.want_answers = log is not None or tracer is not None
+        """Somebody reads the answers' texts afterwards."""
 
     def ended(self, ex: Exchange, outcome: Outcome, status: int) -> None:
         """Account for an exchange; further calls for the same one change nothing."""
@@ -58,6 +63,8 @@ class Accounts:
             self._served.note(ex)
         if self._log is not None:
             self._log.submit(ex)
+        if self._tracer is not None:
+            self._tracer.submit(ex)
 
     def release(self, ex: Exchange) -> None:
         """It runs no longer; nothing else is noted."""

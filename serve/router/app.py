@@ -21,12 +21,14 @@ from serve.request_log.detectors import BUILT_IN, load_detectors
 from serve.request_log.erase import settle
 from serve.request_log.redact import Redactor
 from serve.request_log.remote import Remote
+from serve.router.accounts import Accounts
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused, error_body, error_for
 from serve.router.feedback import PATH as FEEDBACK
 from serve.router.feedback import FeedbackDesk
 from serve.router.guard import Receive
+from serve.router.intake import Intake
 from serve.router.keys import KeyTable, in_scope
 from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
@@ -41,6 +43,7 @@ from serve.router.replies import send_bytes, send_json
 from serve.router.served import ServedIds
 from serve.router.sync import StateSync
 from serve.router.table import RouteTable
+from serve.router.tracing import Tracer
 from serve.router.verdicts import Verdicts
 
 _log = logging.getLogger("stillhouse.router")
@@ -161,6 +164,7 @@ class RouterApp:
         self._client = HttpClient(config.timeouts.connect_s)
         self._ledger = Ledger(self.replica)
         self._request_log = await self._open_log()
+        self._tracer = self._start_tracer()
         self._keys = KeyTable(config.keys, self._metrics)
         self._sync = StateSync(
             config,
@@ -174,17 +178,11 @@ class RouterApp:
         self._readiness = Readiness(config.routes, self._table, self._pools, self._client)
         await self._sync.start()
         served = await self._open_desk()
-        self._proxy = Proxy(
-            config,
-            self._table,
-            self._pools,
-            self._client,
-            self._metrics,
-            self._ledger,
-            self._request_log,
-            self._keys,
-            served,
+        accounts = Accounts(
+            self._table, self._metrics, self._ledger, self._keys, served, self._request_log, self._tracer
         )
+        intake = Intake(config, self._table, self._keys, self._tracer)
+        self._proxy = Proxy(config, intake, self._table, self._pools, self._client, self._metrics, accounts)
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 
     async def shutdown(self) -> None:
@@ -199,6 +197,8 @@ class RouterApp:
         await self._proxy.shadows.close()
         if self._request_log is not None and not await asyncio.to_thread(self._request_log.close):
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.stop)
         await self._sync.stop()  # after the log: the last grades are evidence too
         if self._desk is not None:
             await self._desk.stop()
@@ -206,6 +206,13 @@ class RouterApp:
             _log.error("router %s leaves with segments to upload; the next one does it", self.replica)
         self._client.close()
         _log.info("router %s stopped", self.replica)
+
+    def _start_tracer(self) -> Tracer | None:
+        if self.config.tracing is None:
+            return None
+        tracer = Tracer(self.config.tracing, self.replica)
+        tracer.start()
+        return tracer
 
     async def _open_log(self) -> RequestLog | None:
         log = self.config.log

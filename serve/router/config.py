@@ -60,6 +60,16 @@ class Timeouts(StrictConfig):
     """For the whole exchange, retries included."""
 
 
+class TracingConfig(StrictConfig):
+    """Where OpenTelemetry traces go."""
+
+    endpoint: str = Field(pattern=r"^https?://[^/\s]+\S*$")
+    """An OTLP/HTTP collector, e.g. http://collector:4318; `/v1/traces` is added to a URL without a path.
+    Credentials belong into OTEL_EXPORTER_OTLP_HEADERS."""
+    sample: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the traces begun here; a client's own trace is exported if the client samples it."""
+
+
 class RouterConfig(StrictConfig):
     """Everything one router process needs; all replicas of a router share it."""
 
@@ -74,9 +84,11 @@ class RouterConfig(StrictConfig):
     feedback: bool = True
     """Take `POST /v1/feedback`, and store the ids of answered requests for it."""
     feedback_days: float = Field(default=7.0, gt=0)
-    """How long after its request feedback is taken; each request costs some 190 bytes in the store meanwhile."""
+    """How long after its request feedback is taken. A request costs some 190 bytes in the store meanwhile."""
     served_queue: int = Field(default=50_000, ge=1)
     """Request ids waiting to be stored; above it they are dropped and counted."""
+    tracing: TracingConfig | None = None
+    """None: no traces, and a client's `traceparent` is passed on as it is."""
     poll_s: float = Field(default=0.2, gt=0, le=5)
     """How often splits and endpoints are read."""
     flush_s: float = Field(default=1.0, gt=0, le=30)

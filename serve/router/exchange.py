@@ -7,17 +7,27 @@ thread. Knows nothing about sockets.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contracts.routes import LogPolicy, Priority
 from contracts.traffic import Assignment, LogMode, Outcome, Reason, RequestRow, Upstream
 from serve.request_log.policy import mode_of
 from serve.request_log.subjects import subjects_of
-from serve.router.answer import Answer, answer_of, answer_of_stream, usage_tokens
+from serve.router.answer import (
+    Answer,
+    answer_of,
+    answer_of_stream,
+    model_of,
+    model_of_stream,
+    usage_tokens,
+)
 from serve.router.ledger import EvidenceKey
 from serve.router.metrics import ArmMetrics
 from serve.router.sse import StreamWatcher
 from serve.router.table import Route
+
+if TYPE_CHECKING:
+    from serve.router.tracing import SpanStart
 
 EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
 """Only generation says something about an arm; tokenize and embeddings do not."""
@@ -32,7 +42,7 @@ class Exchange:
         "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
         "ended", "endpoint", "error", "fell_back", "held", "key_id", "log_policy", "metrics", "outcome",
         "overhead_s", "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served",
-        "served_arm", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
+        "served_arm", "span", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +100,8 @@ class Exchange:
         """The stream as the upstream sent it, events whole."""
         self.response: dict[str, Any] | None = None
         self.error: str | None = None
+        self.span: SpanStart | None = None
+        """Its place in a trace; None without tracing."""
 
     def evidence(self) -> EvidenceKey | None:
         """Where this request counts as evidence, None when it does not."""
@@ -155,6 +167,11 @@ class Exchange:
     def log_mode(self) -> LogMode:
         """How much of the row may be written."""
         return mode_of(self.log_policy, self.assignment.unit_hash)
+
+    def answered(self) -> tuple[Answer, str | None]:
+        """The answer and the model that it names. Costly: off the hot path only."""
+        model = model_of_stream(b"".join(self.chunks[:8])) if self.streamed else model_of(self.response)
+        return self._answer(), model
 
     def _answer(self) -> Answer:
         if self.streamed:

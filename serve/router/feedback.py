@@ -70,7 +70,6 @@ class FeedbackDesk:
         self._lines = lines
         self._lines_lock = threading.Lock()
         small = config.model_copy(update={"max_body_bytes": min(_MAX_BODY, config.max_body_bytes)})
-        self._keys = keys
         self._intake = Intake(small, table, keys)
         self._wait_s = config.flush_s + _OTHERS_FLUSH_S
         self._waiting = 0
@@ -103,7 +102,7 @@ class FeedbackDesk:
         headers = self._intake.headers(scope)
         request_id = request_id_of(headers)
         try:
-            key = self._keys.admit(scope["headers"])
+            key = self._intake.admit(scope)
             body = await self._intake.read_body(headers, receive)
             reply = await self._take(body, None if key is None else key.routes)
         except RequestRefused as refused:

@@ -25,6 +25,7 @@ from serve.router.guard import Receive
 from serve.router.keys import KeyTable
 from serve.router.shape import affinity_key, completion_cap
 from serve.router.table import Route, RouteTable
+from serve.router.tracing import Tracer
 
 Headers = dict[bytes, bytes]
 
@@ -36,10 +37,15 @@ _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 class Intake:
     """Makes exchanges of requests, under one configuration."""
 
-    def __init__(self, config: RouterConfig, table: RouteTable, keys: KeyTable) -> None:
+    def __init__(
+        self, config: RouterConfig, table: RouteTable, keys: KeyTable, tracer: Tracer | None = None
+    ) -> None:
         self._config = config
         self._table = table
         self._keys = keys
+        self._tracer = tracer
+        # With traces of our own the upstream's parent is our span, not the client's.
+        self._passed_on = _PASSED_ON if tracer is None else _PASSED_ON[1:]
         self._conversation = config.conversation_header.encode()
         self._wanted = frozenset(
             (b"x-request-id", b"x-stillhouse-arm", b"content-length", self._conversation, *_PASSED_ON)
@@ -58,6 +64,11 @@ class Intake:
             size += len(name) + len(value)
         if size > limit:
             raise RequestRefused(f"The request's head is larger than {limit} bytes.", 431)
+
+    def admit(self, scope: dict[str, Any]) -> ApiKey | None:
+        """Look at the head before anything is read: its size, and whose request it is."""
+        self.check_head(scope)
+        return self._keys.admit(scope["headers"])
 
     async def read_body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole request body. Raises RequestRefused when it is too large or does not come."""
@@ -94,7 +105,7 @@ class Intake:
             kind, unit = unit_of(conversation, parsed, request_id)
         except orjson.JSONEncodeError as err:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
-        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
+        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
         assignment = assign(route.split, kind, unit, override)
         ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
         settings = route.settings
@@ -107,6 +118,9 @@ class Intake:
             ex.key_id, ex.priority = key.id, key.priority
             if key.log is not None:
                 ex.log_policy = effective(settings.log, key.log)
+        if self._tracer is not None:
+            ex.span = self._tracer.begin(headers.get(b"traceparent"))
+            ex.trace += ex.span.header()
         return ex
 
     def _route(self, model: object, key: ApiKey | None) -> Route:

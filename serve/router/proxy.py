@@ -15,7 +15,6 @@ from typing import Any
 import orjson
 
 from contracts.traffic import Arm, Outcome, Upstream
-from serve.request_log import RequestLog
 from serve.router.accounts import Accounts
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
@@ -23,14 +22,11 @@ from serve.router.errors import AttemptFailed, RequestRefused, error_body, error
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Receive
 from serve.router.intake import Intake, request_id_of
-from serve.router.keys import KeyTable
-from serve.router.ledger import Ledger
 from serve.router.limits import RetryBudget
 from serve.router.metrics import OTHER, Metrics
 from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
-from serve.router.served import ServedIds
 from serve.router.shadow import Shadows
 from serve.router.table import RouteTable
 
@@ -45,25 +41,22 @@ class Proxy:
     def __init__(
         self,
         config: RouterConfig,
+        intake: Intake,
         table: RouteTable,
         pools: Pools,
         client: HttpClient,
         metrics: Metrics,
-        ledger: Ledger,
-        log: RequestLog | None,
-        keys: KeyTable,
-        served: ServedIds | None = None,
+        accounts: Accounts,
     ) -> None:
         self._config = config
+        self._intake = intake
         self._table = table
         self._pools = pools
         self._metrics = metrics
-        self._keys = keys
-        self._intake = Intake(config, table, keys)
-        self._accounts = Accounts(table, metrics, ledger, keys, served, log)
-        self._ended = self._accounts.ended
-        self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
-        self.shadows = Shadows(self._relay, self._accounts, table, pools, metrics, config.timeouts.total_s)
+        self._accounts = accounts
+        self._ended = accounts.ended
+        self._relay = Relay(client, pools, config.timeouts, accounts.ended, accounts.want_answers)
+        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, config.timeouts.total_s)
         self._budgets: dict[str, RetryBudget] = {}
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -74,8 +67,7 @@ class Proxy:
         request_id = request_id_of(headers)
         self.active += 1
         try:
-            self._intake.check_head(scope)
-            key = self._keys.admit(scope["headers"])
+            key = self._intake.admit(scope)
             body = await self._intake.read_body(headers, receive)
             ex = self._intake.exchange(request_id, endpoint, headers, body, key)
             await self._run(ex, receive, send)
