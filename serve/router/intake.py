@@ -18,7 +18,7 @@ from serve.router.assign import assign, unit_of
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
-from serve.router.guard import Receive
+from serve.router.guard import Receive, Source
 from serve.router.table import Route, RouteTable
 
 Headers = dict[bytes, bytes]
@@ -50,6 +50,11 @@ class Intake:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
+        whole = receive.whole_body() if isinstance(receive, Source) else None
+        if whole is not None:  # nearly always: it came with the head
+            if len(whole) > limit:
+                raise _too_large(limit)
+            return whole
         message = await self._receive(receive)
         body: bytes = message.get("body", b"")
         if message.get("more_body"):

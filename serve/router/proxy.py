@@ -19,7 +19,7 @@ from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused, error_body
 from serve.router.exchange import Exchange
-from serve.router.guard import Cause, Guard, Receive
+from serve.router.guard import Cause, Deadlines, Guard, Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
@@ -52,6 +52,7 @@ class Proxy:
         self._ledger = ledger
         self._log = log
         self._intake = Intake(config, table)
+        self._deadlines = Deadlines()
         self._relay = Relay(client, pools, config.timeouts, self._ended, keep_chunks=log is not None)
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -76,7 +77,7 @@ class Proxy:
         ex.held = self._table.hold(ex.route, ex.assignment.arm)
         ex.metrics = self._metrics.arm(ex.route.split.route, ex.assignment.arm.value, ex.served.name)
         ex.metrics.in_flight.inc()
-        guard = Guard(receive, self._config.timeouts.total_s)
+        guard = Guard(receive, self._config.timeouts.total_s, self._deadlines)
         try:
             await self._arms(ex, guard, send)
         except asyncio.CancelledError:
