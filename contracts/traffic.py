@@ -7,7 +7,7 @@ read by distill_jobs.collect (rows). Knows nothing about HTTP, storage or statis
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -98,15 +98,16 @@ class Reason(StrEnum):
     ONLY_ARM = "only_arm"
 
 
-class Assignment(Record):
-    """One decision of the router, logged at decision time."""
+class Assignment(NamedTuple):
+    """One decision of the router, logged at decision time. No model: one is made for every request."""
 
     arm: Arm
     reason: Reason
     unit_kind: UnitKind
     unit_hash: str
     """First 16 hex digits of sha256(unit): enough to count units, not enough to recover them."""
-    fraction: float = Field(ge=0.0, lt=1.0)
+    fraction: float
+    """Where the unit falls in [0, 1)."""
     split_version: int
 
 

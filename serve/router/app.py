@@ -89,7 +89,7 @@ class RouterApp:
         if path == "/metrics":
             if self._request_log is not None:
                 self._metrics.log_queue.set(len(self._request_log))
-            await send_bytes(send, 200, CONTENT_TYPE, await asyncio.to_thread(self._metrics.expose))
+            await send_bytes(send, 200, CONTENT_TYPE, await self._metrics.scrape())
         elif path == "/health":
             await send_json(send, 200, {"status": "ok", "replica": self.replica})
         elif path == "/ready":
@@ -155,6 +155,7 @@ class RouterApp:
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
         await self._sync.stop()  # after the log: the last grades are evidence too
         self._client.close()
+        self._metrics.batch.flush()
         _log.info("router %s stopped", self.replica)
 
     async def _open_log(self) -> RequestLog | None:

@@ -25,6 +25,7 @@ Headers = dict[bytes, bytes]
 
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 _PASSED_ON = (b"traceparent", b"tracestate", b"openai-beta", b"anthropic-version", b"anthropic-beta")
+_PASSED_ON_SET = frozenset(_PASSED_ON)
 _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 
 
@@ -81,7 +82,9 @@ class Intake:
             kind, unit = unit_of(conversation, parsed, request_id)
         except orjson.JSONEncodeError as err:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
-        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
+        trace = b""
+        if not _PASSED_ON_SET.isdisjoint(headers):
+            trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in _PASSED_ON if n in headers)
         assignment = assign(route.split, kind, unit, override)
         return Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
 

@@ -189,11 +189,9 @@ class Proxy:
             ex.outcome = outcome  # after a fallback the canary's failure stands, unless the request was bad
         ex.status = status
         ex.e2e_s = time.perf_counter() - ex.started
-        split = ex.route.split
         metrics = ex.metrics
-        metrics.ended(ex.outcome, ex.endpoint)
-        self._metrics.responses.labels(split.route, str(status)).inc()
-        self._metrics.overhead.labels(split.route).observe(ex.overhead_s)
+        metrics.ended(ex.outcome, ex.endpoint, status)
+        metrics.overhead.observe(ex.overhead_s)
         if ex.outcome is Outcome.OK:
             metrics.e2e.observe(ex.e2e_s)
             if ex.ttft_s is not None:
