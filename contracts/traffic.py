@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -114,15 +114,16 @@ class Reason(StrEnum):
     """A copy of another request; its answer went to nobody."""
 
 
-class Assignment(Record):
-    """One decision of the router, logged at decision time."""
+class Assignment(NamedTuple):
+    """One decision of the router, logged at decision time. No model: one is made for every request."""
 
     arm: Arm
     reason: Reason
     unit_kind: UnitKind
     unit_hash: str
     """First 16 hex digits of sha256(unit): enough to count units, not enough to recover them."""
-    fraction: float = Field(ge=0.0, lt=1.0)
+    fraction: float
+    """Where the unit falls in [0, 1)."""
     split_version: int
 
 

@@ -6,6 +6,7 @@ Sets PROMETHEUS_MULTIPROC_DIR before anything imports prometheus_client. Knows n
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import socket
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.multiproc_dir).mkdir(parents=True, exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = args.multiproc_dir
 
-    import uvicorn
+    import uvloop
 
     from contracts.config import load_config
     from serve.router.app import create_app
     from serve.router.config import RouterConfig
-    from serve.router.http import bounded_http
+    from serve.router.server import bounds_of, serve
 
     logging.basicConfig(
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -39,20 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     app = create_app(settings)
     listener = socket.create_server((args.host, args.port), backlog=2048, reuse_port=False)
     print(f"router {app.replica} listens on http://{args.host}:{listener.getsockname()[1]}", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            loop="uvloop",
-            http=bounded_http(settings.max_header_bytes, settings.timeouts.header_s),
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            server_header=False,
-            log_level=args.log_level,
-            timeout_keep_alive=75,
-        )
-    )
-    server.run(sockets=[listener])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(app, listener, app.startup, app.shutdown, bounds_of(settings), settings.drain_s))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,8 @@ class Accounts:
         metrics = ex.metrics
         metrics.ended(ex.outcome, ex.endpoint)
         if ex.assignment.arm is not Arm.SHADOW:  # a shadow has no client
-            route = ex.route.split.route
-            self._metrics.responses.labels(route, str(ex.status)).inc()
-            self._metrics.overhead.labels(route).observe(ex.overhead_s)
+            self._metrics.response(ex.route.split.route, ex.status)
+            metrics.overhead.observe(ex.overhead_s)
         if ex.outcome is not Outcome.OK:
             return
         metrics.e2e.observe(ex.e2e_s)

@@ -106,7 +106,7 @@ class RouterApp:
         if path == "/metrics":
             if self._request_log is not None:
                 self._metrics.log_queue.set(len(self._request_log))
-            await send_bytes(send, 200, CONTENT_TYPE, await asyncio.to_thread(self._metrics.expose))
+            await send_bytes(send, 200, CONTENT_TYPE, await self._metrics.scrape())
         elif path == "/health":
             await send_json(send, 200, {"status": "ok", "replica": self.replica})
         elif path == "/ready":
@@ -205,6 +205,7 @@ class RouterApp:
         if self._keeper is not None and not await asyncio.to_thread(self._keeper.close, _LAST_UPLOAD_S):
             _log.error("router %s leaves with segments to upload; the next one does it", self.replica)
         self._client.close()
+        self._metrics.batch.flush()
         _log.info("router %s stopped", self.replica)
 
     def _start_tracer(self) -> Tracer | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from functools import lru_cache
 from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -42,6 +43,12 @@ def target_of(url: str) -> Target:
     return Target(parts.hostname, port, tls, parts.path.rstrip("/"), f"{host}:{port}")
 
 
+@lru_cache(maxsize=1024)
+def _first_lines(target: Target, method: str, path: str) -> bytes:
+    """Request line and host; the paths are a fixed few."""
+    return f"{method} {target.prefix}{path} HTTP/1.1\r\nhost: {target.authority}\r\n".encode("ascii")
+
+
 class ConnectFailed(ConnectionError):
     """No connection could be made: the peer never saw the request."""
 
@@ -57,6 +64,7 @@ class Connection(asyncio.Protocol):
         self.target = target
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
+        self.content_type = b""
         self.complete = False
         self.reused = False
         self.silent = True
@@ -107,6 +115,8 @@ class Connection(asyncio.Protocol):
         lower = name.lower()
         if lower == b"content-length" or lower == b"transfer-encoding":
             self._framed = True
+        elif lower == b"content-type" and not self.content_type:
+            self.content_type = value
         self.headers.append((lower, value))
 
     def on_headers_complete(self) -> None:
@@ -116,6 +126,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status < 200:
             self.headers.clear()
+            self.content_type = b""
             return
         self.status = status
         self._head_done = True
@@ -154,13 +165,15 @@ class Connection(asyncio.Protocol):
     def ask(self, head: bytes, body: bytes) -> None:
         """Write a request; the answer is read with `head()` and `read()`."""
         assert self._transport is not None
+        if not self._keep_alive:  # a parser whose answer asked for more goes on with the next one
+            self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers = []
+        self.content_type = b""
         self.complete = self._keep_alive = self._head_done = self._framed = False
         self.silent = True
         self._head_bytes = self._buffered = 0
         self._chunks.clear()
-        self._parser = httptools.HttpResponseParser(self)
         self._transport.write(head + body)
 
     async def head(self) -> int:
@@ -232,14 +245,7 @@ class HttpClient:
 
         `headers` are whole lines, each with its CRLF. Raises ConnectFailed, Broken.
         """
-        head = (
-            (
-                f"{method} {target.prefix}{path} HTTP/1.1\r\nhost: {target.authority}\r\n"
-                f"content-length: {len(body)}\r\n"
-            ).encode("ascii")
-            + headers
-            + b"\r\n"
-        )
+        head = b"%bcontent-length: %d\r\n%b\r\n" % (_first_lines(target, method, path), len(body), headers)
         while True:
             connection = self._take_idle(target) or await self._connect(target)
             try:

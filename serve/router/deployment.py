@@ -1,6 +1,6 @@
 """The router as a Ray Serve application: one RouterApp a replica, started and drained with it.
 
-The only module of the router that knows Ray. Knows nothing about students or rollouts.
+With ray_ingress.py the only module of the router that knows Ray. Knows nothing about students or rollouts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ class RouterReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve in the replica's process, after its environment is set."""
-        from serve.router.app import create_app  # here: prometheus_client must see the replica's environment
+        # Imported here: prometheus_client must see the replica's environment.
+        from serve.router.app import create_app
+        from serve.router.ray_ingress import serve_directly
+        from serve.router.server import bounds_of
 
-        return create_app(self._config)
+        app = create_app(self._config)
+        serve_directly(app, bounds_of(self._config))
+        return app
 
 
 def build_router_app(

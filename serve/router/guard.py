@@ -1,6 +1,7 @@
 """Turns a client that left, or a deadline that passed, into the cancellation of one request's task.
 
-One timer and one watcher a request, however many chunks it has. Knows nothing about what the task does.
+No timer a request: one for all of them looks at every deadline that runs, some twenty times a second. No task
+a request either where the server can call back. Knows nothing about what the task does.
 """
 
 from __future__ import annotations
@@ -8,9 +9,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from math import inf
 from typing import Any
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+_LOOK_S = 0.05
+"""How late a deadline may be noticed."""
+
+
+class Source:
+    """An ASGI `receive` of a server of ours: it knows without waiting, and calls back."""
+
+    __slots__ = ()
+
+    async def __call__(self) -> dict[str, Any]:
+        """The next ASGI message."""
+        raise NotImplementedError
+
+    def whole_body(self) -> bytes | None:
+        """The body when all of it is here and nobody took any of it; None otherwise."""
+        raise NotImplementedError
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the client leaves before its answer is whole."""
+        raise NotImplementedError
 
 
 class Cause(Enum):
@@ -22,36 +45,69 @@ class Cause(Enum):
     TOTAL = "the request took too long"
 
 
+class Deadlines:
+    """Every guard that runs in one event loop, and the one timer that looks at them."""
+
+    __slots__ = ("_guards", "_loop", "_timer")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._guards: set[Guard] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, guard: Guard) -> None:
+        """Look at a guard until it is discarded."""
+        self._guards.add(guard)
+        if self._timer is None:
+            self._timer = self._loop.call_later(_LOOK_S, self._look)
+
+    def discard(self, guard: Guard) -> None:
+        """Look at it no more."""
+        self._guards.discard(guard)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        for guard in [g for g in self._guards if g.due <= now]:
+            guard.fire()
+        # With nothing left to look at the timer ends too, and an idle loop stays idle.
+        self._timer = self._loop.call_later(_LOOK_S, self._look) if self._guards else None
+
+
 class Guard:
-    """Watches over the current task between `start` and `stop`."""
+    """Watches over the current task from its making to `stop`."""
 
-    __slots__ = ("_due", "_end", "_ended", "_loop", "_task", "_timer", "_waiting_for", "_watcher", "cause")
+    __slots__ = (
+        "_deadlines", "_end", "_ended", "_loop", "_task", "_waiting_for", "_watcher", "cause", "due",
+    )  # fmt: skip
 
-    def __init__(self, receive: Receive, total_s: float) -> None:
+    def __init__(self, receive: Receive, total_s: float, deadlines: Deadlines) -> None:
         self._loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        self._deadlines = deadlines
         self._end = self._loop.time() + total_s
-        self._due = self._end
+        self.due = self._end
+        """When it fires, by the event loop's clock."""
         self._waiting_for = Cause.TOTAL
         self._ended = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._watcher = self._loop.create_task(self._watch(receive))
+        self._watcher: asyncio.Task[None] | None = None
         self.cause: Cause | None = None
+        deadlines.add(self)
+        if isinstance(receive, Source):
+            receive.on_disconnect(self._left)
+        else:
+            self._watcher = self._loop.create_task(self._watch(receive))
 
     def wait_for(self, cause: Cause, seconds: float) -> None:
         """From now on the task is cancelled for `cause` after this long; the previous wait is over."""
         self._waiting_for = cause
-        self._due = min(self._loop.time() + seconds, self._end)
-        if self._timer is None or self._timer.when() > self._due:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(self._due, self._fire)
+        self.extend(seconds)
 
     def extend(self, seconds: float) -> None:
-        """Something came: the current wait starts again. Cheap; the timer finds out when it fires."""
-        self._due = min(self._loop.time() + seconds, self._end)
+        """Something came: the current wait starts again."""
+        due = self._loop.time() + seconds
+        self.due = due if due < self._end else self._end
 
     def caught(self) -> Cause | None:
         """After a CancelledError: the cause if it was ours (we go on), None if the server cancels us."""
@@ -65,23 +121,26 @@ class Guard:
         self._ended = True
 
     def stop(self) -> None:
-        """Release the timer and the watcher."""
+        """Look and listen no more."""
         self._ended = True
-        self._watcher.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._deadlines.discard(self)
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    def fire(self) -> None:
+        """The deadline passed."""
+        cause = Cause.TOTAL if self.due >= self._end else self._waiting_for
+        # This wait is over; the whole request may still take too long, once.
+        self.due = inf if cause is Cause.TOTAL else self._end
+        self._cancel(cause)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._cancel(Cause.CLIENT)
+        self._left()
 
-    def _fire(self) -> None:
-        self._timer = None
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._fire)
-            return
-        self._cancel(Cause.TOTAL if self._due >= self._end else self._waiting_for)
+    def _left(self) -> None:
+        self._cancel(Cause.CLIENT)
 
     def _cancel(self, cause: Cause) -> None:
         if self._ended:

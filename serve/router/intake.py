@@ -21,7 +21,7 @@ from serve.router.assign import assign, unit_of
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
-from serve.router.guard import Receive
+from serve.router.guard import Receive, Source
 from serve.router.keys import KeyTable
 from serve.router.shape import affinity_key, completion_cap
 from serve.router.table import Route, RouteTable
@@ -31,6 +31,7 @@ Headers = dict[bytes, bytes]
 
 _REQUEST_ID = re.compile(rb"^[A-Za-z0-9._:-]{1,128}$")
 _PASSED_ON = (b"traceparent", b"tracestate", b"openai-beta", b"anthropic-version", b"anthropic-beta")
+_PASSED_ON_SET = frozenset(_PASSED_ON)
 _ARMS = {b"stable": Arm.STABLE, b"canary": Arm.CANARY}
 
 
@@ -76,6 +77,11 @@ class Intake:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
+        whole = receive.whole_body() if isinstance(receive, Source) else None
+        if whole is not None:  # nearly always: it came with the head
+            if len(whole) > limit:
+                raise _too_large(limit)
+            return whole
         deadline = asyncio.get_running_loop().time() + self._config.timeouts.body_s
         message = await self._receive(receive, deadline)
         body: bytes = message.get("body", b"")
@@ -105,7 +111,9 @@ class Intake:
             kind, unit = unit_of(conversation, parsed, request_id)
         except orjson.JSONEncodeError as err:
             raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
-        trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
+        trace = b""
+        if not _PASSED_ON_SET.isdisjoint(headers):
+            trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
         assignment = assign(route.split, kind, unit, override)
         ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
         settings = route.settings

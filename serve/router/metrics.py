@@ -8,6 +8,7 @@ from clients. Knows nothing about requests.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from contracts.errors import ConfigError
 from contracts.rollout import LATENCY_BUCKETS_S
 from contracts.traffic import Arm, Outcome, Split, Upstream
+from serve.router.batch import FLUSH_S, Batch, Counted, Level, Observed
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 OTHER: Final = "other"
@@ -42,27 +44,30 @@ class ArmMetrics:
 
     def __init__(self, metrics: Metrics, route: str, arm: str, upstream: str) -> None:
         labels = (route, arm, upstream)
-        self._requests = metrics.requests
+        batch = metrics.batch
+        self._metrics = metrics
         self._labels = labels
-        self._by_outcome = {
-            (outcome, endpoint): metrics.requests.labels(*labels, outcome.value, endpoint)
-            for outcome in Outcome
-            for endpoint in _GENERATION
-        }
-        self.ttft = metrics.ttft.labels(*labels)
-        self.tpot = metrics.tpot.labels(*labels)
-        self.e2e = metrics.e2e.labels(*labels)
-        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
-        self.completion_tokens = metrics.completion_tokens.labels(*labels)
-        self.in_flight = metrics.in_flight.labels(*labels)
+        self._by_outcome: dict[tuple[str, str], Counted] = {}
+        for endpoint in _GENERATION:
+            for outcome in Outcome:
+                self._requests(outcome, endpoint)
+        self.ttft = Observed(batch, metrics.ttft.labels(*labels), LATENCY_BUCKETS_S)
+        self.tpot = Observed(batch, metrics.tpot.labels(*labels), TPOT_BUCKETS_S)
+        self.e2e = Observed(batch, metrics.e2e.labels(*labels), LATENCY_BUCKETS_S)
+        self.overhead = metrics.overhead_of(route)
+        self.prompt_tokens = Counted(batch, metrics.prompt_tokens.labels(*labels))
+        self.completion_tokens = Counted(batch, metrics.completion_tokens.labels(*labels))
+        self.in_flight = Level(batch, metrics.in_flight.labels(*labels))
 
     def ended(self, outcome: Outcome, endpoint: str) -> None:
         """Count a request."""
-        child = self._by_outcome.get((outcome, endpoint))
-        if child is None:
-            child = self._requests.labels(*self._labels, outcome.value, endpoint)
-            self._by_outcome[outcome, endpoint] = child
+        child = self._by_outcome.get((outcome, endpoint)) or self._requests(outcome, endpoint)
         child.inc()
+
+    def _requests(self, outcome: Outcome, endpoint: str) -> Counted:
+        child = self._metrics.requests.labels(*self._labels, outcome.value, endpoint)
+        made = self._by_outcome[outcome, endpoint] = Counted(self._metrics.batch, child)
+        return made
 
 
 class Metrics:
@@ -70,6 +75,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._dir = _multiproc_dir()
+        self.batch = Batch()
         self._registry = reg = CollectorRegistry()
         arm = ["route", "arm", "upstream"]
         self.requests = Counter(
@@ -118,6 +124,8 @@ class Metrics:
         )
         self._rest(reg)
         self._arms: dict[tuple[str, str, str], ArmMetrics] = {}
+        self._responses: dict[tuple[str, int], Counted] = {}
+        self._overheads: dict[str, Observed] = {}
 
     def _rest(self, reg: CollectorRegistry) -> None:
         self.split_weight = Gauge(
@@ -230,6 +238,22 @@ class Metrics:
             found = self._arms[key] = ArmMetrics(self, route, arm, upstream)
         return found
 
+    def response(self, route: str, status: int) -> None:
+        """Count a reply of a route."""
+        child = self._responses.get((route, status))
+        if child is None:
+            child = Counted(self.batch, self.responses.labels(route, str(status)))
+            self._responses[route, status] = child
+        child.inc()
+
+    def overhead_of(self, route: str) -> Observed:
+        """The overhead of a route, whatever the arm."""
+        found = self._overheads.get(route)
+        if found is None:
+            found = Observed(self.batch, self.overhead.labels(route), OVERHEAD_BUCKETS_S)
+            self._overheads[route] = found
+        return found
+
     def know(self, split: Split) -> None:
         """A split is in force: publish it and start its series at zero, so that rates of a fresh arm work."""
         self.split_weight.labels(split.route).set(split.weight)
@@ -245,10 +269,16 @@ class Metrics:
     def refused(self, status: int, endpoint: str, route: str = OTHER) -> None:
         """Count a request that the router itself turned away."""
         self.requests.labels(route, NONE, NONE, Outcome.REJECTED.value, endpoint).inc()
-        self.responses.labels(route, str(status)).inc()
+        self.response(route, status)
 
-    def expose(self) -> bytes:
-        """The scrape. Reads files when there are several processes: call it in a thread."""
+    async def scrape(self) -> bytes:
+        """What every process of this host has counted so far."""
+        self.batch.flush()
+        if self._dir is not None:
+            await asyncio.sleep(2 * FLUSH_S)  # so that what the other processes gathered is in it too
+        return await asyncio.to_thread(self._expose)
+
+    def _expose(self) -> bytes:
         if self._dir is None:
             return generate_latest(self._registry)
         _bury_dead(self._dir)

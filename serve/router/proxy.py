@@ -20,7 +20,7 @@ from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
 from serve.router.exchange import Exchange
-from serve.router.guard import Cause, Guard, Receive
+from serve.router.guard import Cause, Deadlines, Guard, Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.limits import RetryBudget
 from serve.router.metrics import OTHER, Metrics
@@ -55,8 +55,9 @@ class Proxy:
         self._metrics = metrics
         self._accounts = accounts
         self._ended = accounts.ended
+        self._deadlines = Deadlines()
         self._relay = Relay(client, pools, config.timeouts, accounts.ended, accounts.want_answers)
-        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, config.timeouts.total_s)
+        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, self._deadlines, config)
         self._budgets: dict[str, RetryBudget] = {}
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -83,7 +84,7 @@ class Proxy:
         ex.held = self._table.hold(ex.route, ex.assignment.arm)
         ex.metrics = self._metrics.arm(ex.route.split.route, ex.assignment.arm.value, ex.served.name)
         ex.metrics.in_flight.inc()
-        guard = Guard(receive, self._config.timeouts.total_s)
+        guard = Guard(receive, self._config.timeouts.total_s, self._deadlines)
         limiter = ex.route.limiter
         entered: float | None = None
         try:

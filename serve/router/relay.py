@@ -65,7 +65,7 @@ class Relay:
             connection = await self._client.ask(replica.target, "POST", ex.endpoint, headers, body)
             if connection.status >= 400:
                 await self._refusal(ex, connection, lenient, guard, send)
-            elif connection.header(b"content-type").startswith(b"text/event-stream"):
+            elif connection.content_type.startswith(b"text/event-stream"):
                 await self._stream(ex, connection, guard, send)
             else:
                 await self._whole(ex, connection, await connection.read_all(), guard, send)
@@ -84,7 +84,7 @@ class Relay:
         status = connection.status
         body = await connection.read_all()
         if status >= 500 or (lenient and status in _OURS_TO_SOLVE):
-            content_type = connection.header(b"content-type") or b"application/json"
+            content_type = connection.content_type or b"application/json"
             raise AttemptFailed(f"upstream answered {status}", status=status, reply=(content_type, body))
         ex.error = body[:1000].decode("utf-8", "replace")
         await self._whole(ex, connection, body, guard, send, Outcome.CLIENT_ERROR)
@@ -108,7 +108,7 @@ class Relay:
             body = error_bytes(ex.endpoint, status, body)
         guard.ending()
         self._ended(ex, outcome, status)
-        content_type = connection.header(b"content-type") or b"application/json"
+        content_type = connection.content_type or b"application/json"
         await send(_start(ex, status, content_type, connection, len(body)))
         await send({"type": "http.response.body", "body": body})
 
@@ -119,7 +119,7 @@ class Relay:
         ex.ttft_s = now - ex.started
         ex.streamed = True
         guard.wait_for(Cause.BETWEEN, self._timeouts.between_chunks_s)
-        await send(_start(ex, connection.status, connection.header(b"content-type"), connection, None))
+        await send(_start(ex, connection.status, connection.content_type, connection, None))
         try:
             await self._events(ex, connection, watcher, first, guard, send)
         except Broken as err:

@@ -15,9 +15,10 @@ from contracts.routes import Shadow
 from contracts.traffic import Arm, Outcome, Reason
 from serve.router.accounts import Accounts
 from serve.router.assign import fraction_of
+from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused
 from serve.router.exchange import EVIDENCE_ENDPOINTS, Exchange
-from serve.router.guard import Guard
+from serve.router.guard import Deadlines, Guard
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools
 from serve.router.relay import Relay
@@ -56,14 +57,16 @@ class Shadows:
         table: RouteTable,
         pools: Pools,
         metrics: Metrics,
-        total_s: float,
+        deadlines: Deadlines,
+        config: RouterConfig,
     ) -> None:
         self._relay = relay
         self._accounts = accounts
         self._table = table
         self._pools = pools
         self._metrics = metrics
-        self._total_s = total_s
+        self._deadlines = deadlines
+        self._total_s = config.timeouts.total_s
         self._budgets: dict[str, _Budget] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -93,7 +96,7 @@ class Shadows:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _copy(self, ex: Exchange, shadow: Shadow) -> Exchange:
-        assignment = ex.assignment.model_copy(update={"arm": Arm.SHADOW, "reason": Reason.SHADOW})
+        assignment = ex.assignment._replace(arm=Arm.SHADOW, reason=Reason.SHADOW)
         copy = Exchange(
             f"{ex.request_id}-shadow",
             ex.endpoint,
@@ -111,7 +114,7 @@ class Shadows:
         return copy
 
     async def _run(self, ex: Exchange, budget: _Budget) -> None:
-        guard = Guard(_nobody_leaves, self._total_s)
+        guard = Guard(_nobody_leaves, self._total_s, self._deadlines)
         outcome, status = Outcome.CLIENT_CLOSED, 499  # what it is when we leave in the middle of it
         try:
             replica = self._pools.pick(ex.served)

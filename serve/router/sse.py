@@ -16,6 +16,7 @@ import orjson
 # Two line ends of any of the three kinds; each is taken whole, so that CR LF is never two of them.
 _END_OF_EVENT = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _EMPTY_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+_NULL_USAGE = b'"usage":null'
 _DONE = re.compile(rb"^data:[ ]?\[DONE\]", re.MULTILINE)
 _ERROR = re.compile(rb'^(?:data:[ ]?\{\s*"error"\s*:\s*[{"]|event:[ ]?error)', re.MULTILINE)
 
@@ -51,9 +52,17 @@ class StreamWatcher:
             cut = _last_boundary(data)
             self._pending = data[cut:]
             data = data[:cut]
-        if b'"usage"' not in data and self._sign not in data and b"error" not in data:
+        marks = (data.find(b'"usage"'), data.find(self._sign), data.find(b"error"))
+        found = [at for at in marks if at >= 0]
+        if not found:
             return data
-        return self._inspect(data)
+        # Most events need no look: only those from the first one that may hold something are cut apart.
+        start = data.rfind(b"\n\n", 0, min(found)) + 2
+        if start < 2:
+            return self._inspect(data)
+        tail = data[start:]
+        seen = self._inspect(tail)
+        return data if seen is tail else data[:start] + seen
 
     def rest(self) -> bytes:
         """Bytes of an event that never ended; only for a stream that ended as its upstream wanted."""
@@ -75,15 +84,17 @@ class StreamWatcher:
             if b'"usage"' in event and self._is_usage_chunk(event) and self._strip:
                 dropped = True
                 continue
-            if _DONE.search(event):
+            if b"[DONE]" in event and _DONE.search(event):
                 self.done = True
-            elif _ERROR.search(event):
+            elif b"error" in event and _ERROR.search(event):
                 self.error = True
             kept.append(event)
         return b"".join(kept) if dropped else data
 
     def _is_usage_chunk(self, event: bytes) -> bool:
         """Remember the usage of this event; True when the event carries nothing else."""
+        if _NULL_USAGE in event and event.count(b'"usage"') == 1:
+            return False  # OpenAI says so in every chunk but the last
         chunk = event_json(event)
         if not isinstance(chunk, dict) or not isinstance(chunk.get("usage"), dict):
             return False

@@ -148,7 +148,7 @@ def test_erasing_forgets_requests_and_judgements(state: FeedbackState) -> None:
     assert (left, [f.id for f in state.feedback_on(["r1", "r2", "r3", "r4"])]) == (["r3"], ["f3"])
 
 
-def test_ids_are_found_before_they_are_stored_and_again_if_that_fails() -> None:
+async def test_ids_are_found_before_they_are_stored_and_again_if_that_fails() -> None:
     """An id is known from the moment its answer ended; a store that is down loses none of the queue."""
     metrics = Metrics()
     ids = ServedIds(3, metrics)
@@ -168,7 +168,7 @@ def test_ids_are_found_before_they_are_stored_and_again_if_that_fails() -> None:
     ids.note(exchange("r3"))
     ids.note(exchange("r4"))
     assert ids.find("r4") is None
-    assert b"stillhouse_served_ids_dropped_total 1.0" in metrics.expose()
+    assert b"stillhouse_served_ids_dropped_total 1.0" in await metrics.scrape()
     ids.stored()
     assert ids.find("r1") is None
     assert [row.request_id for row in rows_of(ids.cut())] == ["r3"]
