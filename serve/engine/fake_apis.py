@@ -96,14 +96,14 @@ class Completions(Api):
             **_logprobs(body, [b.text] * b.tokens),
             "finish_reason": "tool_calls" if calls else "stop",
         }
-        choices = [{"index": i, **choice} for i in range(body.get("n") or 1)]
+        choices = [{"index": i, **choice} for i in range(_count(body, "n", 1))]
         head = _head(body, "chat.completion" if self._chat else "text_completion")
         return {**head, "choices": choices, "usage": _usage(b.tokens), **_echo(body)}
 
     def stream(self, body: dict[str, Any], b: Behaviour) -> Speech:
         """Tokens of all choices by turns; usage last, when it was asked for."""
         head = _head(body, "chat.completion.chunk" if self._chat else "text_completion")
-        calls, count = _tool_calls(body, b), body.get("n") or 1
+        calls, count = _tool_calls(body, b), _count(body, "n", 1)
         pieces = _pieces(_text(body, b), b) if body.get("response_format") else [b.text] * b.tokens
         indexes = range(count)
         asked = b.usage_when_asked and (body.get("stream_options") or {}).get("include_usage")
@@ -261,6 +261,16 @@ def _head(body: dict[str, Any], kind: str) -> dict[str, Any]:
     return {**head, "system_fingerprint": f"seed-{body['seed']}"} if "seed" in body else head
 
 
+def _count(body: dict[str, Any], name: str, default: int) -> int:
+    """A small number of the request's. Raises ValueError, as for anything the engine would refuse."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not 0 <= value <= 128:
+        raise ValueError(f"{name} must be a number up to 128")
+    return value
+
+
 def _echo(body: dict[str, Any]) -> dict[str, Any]:
     return {"received": body} if body.get("echo") is True else {}
 
@@ -322,7 +332,7 @@ def _call_delta(calls: list[dict[str, Any]], at: int) -> dict[str, Any]:
 def _logprobs(body: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
     if body.get("logprobs") is not True:
         return {}
-    top = [{"token": "x", "logprob": -2.0, "bytes": None}] * (body.get("top_logprobs") or 0)
+    top = [{"token": "x", "logprob": -2.0, "bytes": None}] * _count(body, "top_logprobs", 0)
     return {
         "logprobs": {
             "content": [{"token": t, "logprob": -0.5, "bytes": None, "top_logprobs": top} for t in tokens]
