@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 from ipaddress import AddressValueError, IPv6Address
 
 from contracts.errors import ConfigError
+from contracts.plugins import load_function
 
 Span = tuple[int, int, str]
 Detector = Callable[[str], Iterable[Span]]
@@ -225,17 +225,9 @@ def load_detectors(names: Iterable[str]) -> tuple[Detector, ...]:
 
 
 def _imported(spec: str) -> Detector:
-    module, colon, name = spec.partition(":")
-    if not colon:
+    if ":" not in spec:
         raise ConfigError(
             f"log.detectors: there is no detector {spec!r}. Built in are {', '.join(BUILT_IN)}; "
             "give your own as 'module:function'."
         )
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as err:
-        raise ConfigError(f"log.detectors: {spec!r} cannot be imported: {err}.") from err
-    if not callable(found):
-        raise ConfigError(f"log.detectors: {spec!r} is not a function.")
-    detector: Detector = found
-    return detector
+    return load_function(spec, "log.detectors")

@@ -25,7 +25,6 @@ from serve.router.accounts import Accounts
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused, error_body, error_for
-from serve.router.feedback import PATH as FEEDBACK
 from serve.router.feedback import FeedbackDesk
 from serve.router.guard import Receive
 from serve.router.intake import Intake
@@ -34,7 +33,7 @@ from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
 from serve.router.names import host_name, replica_name
-from serve.router.openapi import ROUTED, document
+from serve.router.openapi import FEEDBACK, ROUTED, document
 from serve.router.pool import Pools
 from serve.router.proxy import Proxy
 from serve.router.readiness import Readiness

@@ -29,6 +29,7 @@ from serve.router.guard import Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.keys import KeyTable
 from serve.router.metrics import Metrics
+from serve.router.openapi import FEEDBACK
 from serve.router.relay import Send
 from serve.router.replies import send_json
 from serve.router.served import ServedIds, rows_of
@@ -38,7 +39,6 @@ from serve.state.tables import open_state
 
 _log = logging.getLogger("stillhouse.router")
 
-PATH = "/v1/feedback"
 _FIELDS = ("request_id", "id", "good", "score", "comment", "correction")
 _MAX_BODY = 2**20
 _MAX_WAITING = 256
@@ -106,11 +106,11 @@ class FeedbackDesk:
             body = await self._intake.read_body(headers, receive)
             reply = await self._take(body, None if key is None else key.routes)
         except RequestRefused as refused:
-            self._metrics.refused(refused.status, PATH)
+            self._metrics.refused(refused.status, FEEDBACK)
             await send_json(send, refused.status, refused.body, request_id, refused.headers)
         except (StateError, SQLAlchemyError) as err:
             self._failed("store feedback", err)
-            self._metrics.refused(503, PATH)
+            self._metrics.refused(503, FEEDBACK)
             why = error_body("The feedback could not be stored; try again.", "server_error")
             await send_json(send, 503, why, request_id, [(b"retry-after", b"1")])
         else:

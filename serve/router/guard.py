@@ -7,6 +7,7 @@ a request either where the server can call back. Knows nothing about what the ta
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from math import inf
@@ -18,22 +19,22 @@ _LOOK_S = 0.05
 """How late a deadline may be noticed."""
 
 
-class Source:
+class Source(ABC):
     """An ASGI `receive` of a server of ours: it knows without waiting, and calls back."""
 
     __slots__ = ()
 
+    @abstractmethod
     async def __call__(self) -> dict[str, Any]:
         """The next ASGI message."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole_body(self) -> bytes | None:
         """The body when all of it is here and nobody took any of it; None otherwise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_disconnect(self, callback: Callable[[], None]) -> None:
         """Have `callback` called when the client leaves before its answer is whole."""
-        raise NotImplementedError
 
 
 class Cause(Enum):

@@ -122,12 +122,16 @@ class Metrics:
             registry=reg,
             multiprocess_mode="livesum",
         )
-        self._rest(reg)
+        self._splits(reg)
+        self._help(reg)
+        self._log(reg)
+        self._grading(reg)
+        self._keys_and_state(reg)
         self._arms: dict[tuple[str, str, str], ArmMetrics] = {}
         self._responses: dict[tuple[str, int], Counted] = {}
         self._overheads: dict[str, Observed] = {}
 
-    def _rest(self, reg: CollectorRegistry) -> None:
+    def _splits(self, reg: CollectorRegistry) -> None:
         self.split_weight = Gauge(
             "stillhouse_split_weight",
             "The canary's share of a route.",
@@ -149,9 +153,11 @@ class Metrics:
             buckets=OVERHEAD_BUCKETS_S,
             registry=reg,
         )
+
+    def _help(self, reg: CollectorRegistry) -> None:
         self.fallbacks = Counter(
             "stillhouse_fallbacks_total",
-            "Requests of a failing canary that stable was asked for.",
+            "Requests that another arm was asked for because theirs failed.",
             ["route"],
             registry=reg,
         )
@@ -173,6 +179,8 @@ class Metrics:
             ["route", "arm"],
             registry=reg,
         )
+
+    def _log(self, reg: CollectorRegistry) -> None:
         self.log_rows = Counter("stillhouse_log_rows_total", "Rows written to the request log.", registry=reg)
         self.log_dropped = Counter(
             "stillhouse_log_dropped_total", "Rows lost before they were written.", registry=reg
@@ -188,6 +196,14 @@ class Metrics:
             ["result"],
             registry=reg,
         )
+        self.log_queue = Gauge(
+            "stillhouse_log_queue",
+            "Rows waiting to be written.",
+            registry=reg,
+            multiprocess_mode="livesum",
+        )
+
+    def _grading(self, reg: CollectorRegistry) -> None:
         self.feedback = Counter(
             "stillhouse_feedback_total",
             "Judgements of users, each once.",
@@ -198,12 +214,6 @@ class Metrics:
             "stillhouse_served_ids_dropped_total",
             "Request ids that were not stored, so that feedback on them is refused.",
             registry=reg,
-        )
-        self.log_queue = Gauge(
-            "stillhouse_log_queue",
-            "Rows waiting to be written.",
-            registry=reg,
-            multiprocess_mode="livesum",
         )
         self.grader_errors = Counter(
             "stillhouse_grader_errors_total", "Exceptions of the grader.", registry=reg
@@ -217,6 +227,8 @@ class Metrics:
         self.ungraded = Counter(
             "stillhouse_ungraded_total", "Answers the grader gave no verdict on.", ["reason"], registry=reg
         )
+
+    def _keys_and_state(self, reg: CollectorRegistry) -> None:
         self.key_requests = Counter(
             "stillhouse_key_requests_total", "Requests by API key (its id).", ["key"], registry=reg
         )

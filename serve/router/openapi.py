@@ -31,6 +31,7 @@ _WHOLE = {
 }
 ROUTED = frozenset((*_GENERATION, *_WHOLE))
 """Paths passed to upstreams: a fixed list, so that no client can reach an upstream's other doors."""
+FEEDBACK = "/v1/feedback"
 
 _TEXT = {"type": "string"}
 _NULLABLE_TEXT = {"type": ["string", "null"]}
@@ -102,6 +103,24 @@ _SCHEMAS: dict[str, Any] = {
         },
         "required": ["status", "missing"],
     },
+    "Feedback": {
+        "type": "object",
+        "description": "What a user says of an answer; at least one of good, score, comment and correction.",
+        "properties": {
+            "request_id": {**_TEXT, "minLength": 1, "maxLength": 128, "description": "Its x-request-id."},
+            "id": {**_TEXT, "description": "The same id twice is one judgement. Default: the request's id."},
+            "good": {"type": ["boolean", "null"]},
+            "score": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+            "comment": _NULLABLE_TEXT,
+            "correction": _NULLABLE_TEXT,
+        },
+        "required": ["request_id"],
+    },
+    "FeedbackStored": {
+        "type": "object",
+        "properties": {"object": {"const": "feedback"}, "id": _TEXT, "request_id": _TEXT, "status": _TEXT},
+        "required": ["object", "id", "request_id", "status"],
+    },
 }
 _ANSWER_HEADERS = {
     "x-request-id": "The request's id, in the log too; a client may choose it.",
@@ -130,7 +149,7 @@ def document() -> bytes:
                 "version": "1",
                 "description": "Models are routes. Requests are passed to a route's upstreams whole.",
             },
-            "paths": {**paths, **_local_paths()},
+            "paths": {**paths, FEEDBACK: {"post": _feedback()}, **_local_paths()},
             "components": {"schemas": _SCHEMAS},
         }
     )
@@ -153,6 +172,18 @@ def _routed(path: str, title: str) -> dict[str, Any]:
         "responses": {
             "200": {"description": "The upstream's answer.", "headers": headers, "content": content},
             "default": {"description": "Refused, or nobody could answer.", "content": _json(error)},
+        },
+    }
+
+
+def _feedback() -> dict[str, Any]:
+    return {
+        "summary": "Feedback on an answer",
+        "operationId": "feedback",
+        "requestBody": {"required": True, "content": _json("Feedback")},
+        "responses": {
+            "200": {"description": "Stored.", "content": _json("FeedbackStored")},
+            "default": {"description": "Refused, or not stored.", "content": _json("Error")},
         },
     }
 

@@ -6,9 +6,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,13 +18,6 @@ from tests.integration.router_rig import Fake, Server, World, get, openai_client
 
 pytestmark = pytest.mark.integration
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
 
 
 def body(text: str = "x", **more: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ from tests.integration.router_rig import ROOT, Server, World, get, post, total, 
 
 pytestmark = pytest.mark.integration
 CHAT, FEEDBACK = "/v1/chat/completions", "/v1/feedback"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
 
 
 def ask(router: Server, text: str = "x", **headers: str) -> str:

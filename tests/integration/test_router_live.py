@@ -7,9 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from openai import OpenAI
@@ -19,13 +17,6 @@ from tests.integration.router_rig import Server, World, get, openai_client, post
 
 pytestmark = pytest.mark.integration
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
 
 
 def model_of(router: Server, text: str = "x") -> str:

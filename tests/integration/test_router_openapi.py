@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.router.app import _LOCAL
-from serve.router.openapi import ROUTED, document
+from serve.router.openapi import FEEDBACK, ROUTED, document
 from tests.integration.router_rig import World
 
 pytestmark = pytest.mark.integration
@@ -99,8 +99,8 @@ def test_the_document_describes_what_is_served(connection: http.client.HTTPConne
     served = json.loads(body)
     assert served["openapi"] == "3.1.0"
     paths = set(served["paths"])
-    assert {p for p, how in served["paths"].items() if "post" in how} == ROUTED
-    assert paths - ROUTED == {*_LOCAL, "/v1/models/{model}"}
+    assert {p for p, how in served["paths"].items() if "post" in how} == {*ROUTED, FEEDBACK}
+    assert paths - ROUTED == {*_LOCAL, FEEDBACK, "/v1/models/{model}"}
     names = [how["operationId"] for methods in served["paths"].values() for how in methods.values()]
     assert len(set(names)) == len(names)
     for schema in served["components"]["schemas"].values():
@@ -136,7 +136,7 @@ def test_other_methods_are_refused_and_the_right_one_named(
     connection: http.client.HTTPConnection, path: str
 ) -> None:
     """405 comes with Allow, as HTTP demands."""
-    right = "POST" if path in ROUTED else "GET"
+    right = "POST" if path in {*ROUTED, FEEDBACK} else "GET"
     for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"} - {right}:
         status, headers, body = ask(connection, method, path.replace("{model}", "support"), b"{}", {})
         assert (status, right in headers["allow"]) == (405, True), method

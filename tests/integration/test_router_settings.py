@@ -6,9 +6,7 @@ import json
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +19,6 @@ from tests.integration.router_rig import Fake, Server, World, get, post, total, 
 
 pytestmark = pytest.mark.integration
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    yield made
-    made.close()
 
 
 def put(world: World, version: int, **fields: Any) -> None:
