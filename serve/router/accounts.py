@@ -39,8 +39,8 @@ class Accounts:
         self._ledger = ledger
         self._log = log
         self._tracer = tracer
-        self.want_answers = log is not None or tracer is not None
-        """Somebody reads the answers' texts afterwards."""
+        self.want_answers = log is not None or tracer is not None or keys.on
+        """Somebody reads the answers afterwards."""
 
     def ended(self, ex: Exchange, outcome: Outcome, status: int) -> None:
         """Account for an exchange; further calls for the same one change nothing."""
@@ -51,6 +51,8 @@ class Accounts:
             ex.outcome = outcome  # after a fallback the arm's failure stands, unless the request was bad
         ex.status = status
         ex.e2e_s = time.perf_counter() - ex.started
+        if ex.streamed and ex.completion_tokens is None:
+            ex.completion_tokens = ex.tokens_seen()
         self._measure(ex)
         self._count_tokens(ex)
         if ex.assignment.arm is not Arm.SHADOW:

@@ -120,6 +120,15 @@ class Exchange:
         self.prompt_tokens = prompt if prompt is not None else self.prompt_tokens
         self.completion_tokens = completion if completion is not None else self.completion_tokens
 
+    def tokens_seen(self) -> int | None:
+        """A lower bound of the tokens of a stream that ended before its usage came: an event each.
+
+        Without it a client could leave before the last event and never be counted.
+        """
+        if not self.chunks:
+            return None
+        return max(0, sum(chunk.count(b"data:") for chunk in self.chunks) - 1)
+
     def tpot_s(self) -> float | None:
         """Seconds per output token after the first, of a stream with at least two."""
         if self.ttft_s is None or self.completion_tokens is None or self.completion_tokens < 2:

@@ -140,6 +140,19 @@ def test_usage_is_exact_over_routers_streams_and_embeddings(world: KeyWorld) -> 
     assert (used.requests, used.prompt_tokens, used.completion_tokens) == (8, 2 * 3 * 7, 2 * 2 * 8)
 
 
+def test_a_client_that_leaves_a_stream_early_has_still_used_its_tokens(world: KeyWorld) -> None:
+    """Leaving before the usage arrives is no way around a limit: what was streamed counts, an event each."""
+    world.stable.control(tokens=50, tpot_s=0.05)
+    router = world.router(flush_s=0.1, log=None)
+    key, secret = world.key("ci")
+    stream = client(router, secret).chat.completions.create(model="support", messages=HI, stream=True)
+    for _ in range(6):
+        next(stream)
+    stream.close()
+    wait_until("the usage is written", lambda: world.usage(key).completion_tokens > 0)
+    assert 4 <= world.usage(key).completion_tokens < 20
+
+
 def test_a_limit_holds_over_two_routers_and_a_restart(world: KeyWorld) -> None:
     """Two routers admit together what one would, but for one flush, and a new process forgets nothing."""
     routers = [world.router(flush_s=0.1, poll_s=0.05) for _ in range(2)]
