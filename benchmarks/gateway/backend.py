@@ -1,8 +1,8 @@
 """The instant upstream of the gateway benchmark: OpenAI's answers at once, from a process of its own.
 
-Prints the URL it listens on. A whole answer is one write; a stream is 34 chunks (role, 32 tokens, finish),
-one write each and nothing between them, then usage when it was asked for, then `[DONE]`. It parses as little
-as it can, so that what is measured in front of it is the gateway. Knows nothing about who asks.
+Prints the URL it listens on. A stream is 34 chunks (a role, 32 tokens, a finish) with nothing between, then
+usage when it was asked for, then `[DONE]`. Answers are made beforehand and each is one write, because a
+backend as heavy as a gateway would be what is measured. Knows nothing about who asks.
 """
 
 from __future__ import annotations
@@ -54,19 +54,21 @@ WHOLE = _reply(
         "usage": _USAGE,
     }
 )
-STREAM_HEAD = (
+_STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 )
-CHUNKS = [
+_CHUNKS = b"".join(
     _event(_json(chunk))
     for chunk in (
         _chunk({"role": "assistant", "content": ""}),
         *[_chunk({"content": TEXT})] * TOKENS,
         _chunk({}, "stop"),
     )
-]
-USAGE_CHUNK = _event(_json({**_head("chat.completion.chunk"), "choices": [], "usage": _USAGE}))
-DONE = _event(b"[DONE]") + b"0\r\n\r\n"
+)
+_USAGE_CHUNK = _event(_json({**_head("chat.completion.chunk"), "choices": [], "usage": _USAGE}))
+_DONE = _event(b"[DONE]") + b"0\r\n\r\n"
+STREAM = _STREAM_HEAD + _CHUNKS + _DONE
+STREAM_WITH_USAGE = _STREAM_HEAD + _CHUNKS + _USAGE_CHUNK + _DONE
 
 
 class Backend(asyncio.Protocol):
@@ -101,12 +103,8 @@ class Backend(asyncio.Protocol):
         if not request.get("stream"):
             write(WHOLE)
             return
-        write(STREAM_HEAD)
-        for chunk in CHUNKS:
-            write(chunk)
-        if (request.get("stream_options") or {}).get("include_usage"):
-            write(USAGE_CHUNK)
-        write(DONE)
+        asked = (request.get("stream_options") or {}).get("include_usage")
+        write(STREAM_WITH_USAGE if asked else STREAM)
 
 
 async def _serve() -> None:
