@@ -7,7 +7,6 @@ Knows nothing about load or results.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import socket
@@ -16,7 +15,10 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+
+from sqlalchemy import Engine
 
 from benchmarks.gateway.load import Door
 from benchmarks.gateway.processes import ROOT, Failed, Process
@@ -52,7 +54,9 @@ class Gateway:
     peer: str | None = None
     """Environment below `.cache/bench/` that it needs."""
     slow: bool = False
-    """So slow that a turn of the usual length would hold too few requests."""
+    """It cannot carry the fixed rate."""
+    ours: bool = False
+    """It keeps a request log of ours."""
 
 
 def prepare(gateways: list[Gateway]) -> None:
@@ -110,8 +114,12 @@ def _settings(backend: str, folder: Path) -> tuple[Path, str]:
     return path, key
 
 
-def _make_key(engine: object) -> str:
-    raise NotImplementedError
+def _make_key(engine: Engine) -> str:
+    """A client's key in the state store."""
+    keys = import_module("serve.state.keys")
+    key, secret = keys.new_key("bench")
+    keys.KeyState(engine).create_key(key)
+    return str(secret)
 
 
 def _stillhouse(backend: str, folder: Path, ends: ExitStack) -> Running:
@@ -206,16 +214,13 @@ BARE, BARE_ON_RAY = "bare proxy", "bare proxy on Ray Serve"
 VLLM_ROUTER, LITELLM = "vllm-router 0.1.17", "LiteLLM proxy 1.109.1"
 
 GATEWAYS = [
-    Gateway(OURS, "one process, key check, canary at 50 %, usage, request log, metrics", _stillhouse),
+    Gateway(
+        OURS, "one process, key check, canary at 50 %, usage, request log, metrics", _stillhouse, ours=True
+    ),
     Gateway(VLLM_ROUTER, "Rust, its defaults, metrics", _vllm_router, "vllm-router"),
     Gateway("sglang-router 0.3.2", "Rust, its defaults, metrics", _sglang_router, "sglang-router"),
     Gateway(LITELLM, "one worker, master key", _litellm, "litellm", slow=True),
     Gateway(BARE, "uvicorn, aiohttp; nothing on", _bare),
-    Gateway(OURS_ON_RAY, "HAProxy in front, everything on", _stillhouse_on_ray),
+    Gateway(OURS_ON_RAY, "HAProxy in front, everything on", _stillhouse_on_ray, ours=True),
     Gateway(BARE_ON_RAY, "HAProxy in front, throughput flags", _bare_on_ray),
 ]
-
-
-def environment_ready(gateway: Gateway) -> bool:
-    """True when nothing has to be downloaded for it."""
-    return gateway.peer is None or os.path.exists(_bin(gateway.peer, "python"))

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,12 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 class Failed(RuntimeError):
     """A process did not do what it was started for."""
+
+
+def get(url: str) -> str:
+    """The text at a URL that answers with 200."""
+    with _OPENER.open(url, timeout=20) as reply:
+        return str(reply.read().decode())
 
 
 class Process:
@@ -72,9 +77,9 @@ class Process:
         deadline = time.monotonic() + self._start_s
         while time.monotonic() < deadline:
             self._must_live()
-            with contextlib.suppress(OSError), _OPENER.open(url, timeout=5) as reply:
-                if reply.status == 200:
-                    return
+            with contextlib.suppress(OSError):  # urllib's errors are OSErrors
+                get(url)
+                return
             time.sleep(0.1)
         raise Failed(f"{url} was not ready within {self._start_s:.0f} s; its log: {self._log}")
 
