@@ -15,15 +15,13 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-
-from sqlalchemy import Engine
 
 from benchmarks.gateway.load import Door
 from benchmarks.gateway.processes import ROOT, Failed, Process
 from contracts.traffic import Split, Upstream
 from serve.router.config import RouterConfig
+from serve.state.keys import KeyState, new_key
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 
@@ -103,23 +101,13 @@ def _settings(backend: str, folder: Path) -> tuple[Path, str]:
     }
     split = Split(route=ROUTE, version=1, salt="bench", weight=0.5, rollout_id="bench", **arms)
     TrafficState(engine).put_split(split)
-    config: dict[str, object] = {"state_url": url, "log": {"dir": str(folder / "requests")}}
-    key = "none"
-    if "keys" in RouterConfig.model_fields:
-        key = _make_key(engine)
-        config["keys"] = True
+    key, secret = new_key("bench")
+    KeyState(engine).create_key(key)
     engine.dispose()
+    config = {"state_url": url, "keys": True, "log": {"dir": str(folder / "requests")}}
     path = folder / "router.json"
     path.write_text(RouterConfig.model_validate(config).model_dump_json())
-    return path, key
-
-
-def _make_key(engine: Engine) -> str:
-    """A client's key in the state store."""
-    keys = import_module("serve.state.keys")
-    key, secret = keys.new_key("bench")
-    keys.KeyState(engine).create_key(key)
-    return str(secret)
+    return path, secret
 
 
 def _stillhouse(backend: str, folder: Path, ends: ExitStack) -> Running:

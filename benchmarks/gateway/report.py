@@ -49,8 +49,8 @@ def _middle(values: list[float | None]) -> float | None:
 
 
 _COLUMNS = (
-    "gateway", "whole req/s", "×", "streaming req/s", "×", "1 client adds, ms p50", "p99 at 200/s", "CPU s / 1000",
-    "RSS MiB",
+    "gateway", "whole req/s", "×", "streaming req/s", "×", "1 client adds, ms p50", "p99 at 200/s",
+    "CPU s / 1000", "RSS MiB",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def show(found: list[dict[str, Any]]) -> None:
         table.add_row(*cells)
     console.print(table)
     console.print(
-        "Two values in a cell: whole answers / streams (to the first chunk). On Ray, Ray's processes count too."
+        "Two values: whole answers / streams (to the first chunk). On Ray, Ray's processes count too."
     )
 
 
