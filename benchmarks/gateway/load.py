@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, cast
@@ -35,6 +35,8 @@ class Door:
     url: str
     model: str = "bench"
     key: str = "none"
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further fields of every request."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -49,6 +51,7 @@ class Door:
             "messages": [{"role": "user", "content": f"Question {conversation}: what time is it?"}],
             "max_tokens": TOKENS,
             "temperature": 0,
+            **self.more,
         }
         if stream:
             body["stream"] = True
@@ -85,7 +88,7 @@ def throughput(door: Door, stream: bool, clients: int, seconds: float) -> Throug
     """Requests a second that `clients` connections get, one thread of wrk."""
     command = [
         "wrk", "-t1", f"-c{clients}", f"-d{max(1, round(seconds))}s", "--timeout", "10s", "-s", str(_LUA),
-        door.url, "--", door.model, door.key, "stream" if stream else "whole",
+        door.url, "--", door.model, door.key, "stream" if stream else "whole", json.dumps(door.more),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)
     line = next((ln for ln in done.stdout.splitlines() if ln.startswith("SUMMARY ")), None)

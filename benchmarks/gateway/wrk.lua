@@ -1,14 +1,16 @@
 -- Chat completions of many conversations, and a summary as one line of JSON.
--- Arguments after `--`: model, key, "stream" or "whole".
+-- Arguments after `--`: model, key, "stream" or "whole", further fields as a JSON object.
 local requests, at = {}, 0
 
 function init(args)
   local model, key, stream = args[1], args[2], args[3] == "stream"
+  local more = (args[4] or "{}"):sub(2, -2)
+  more = more == "" and "" or "," .. more
   local headers = {["Content-Type"] = "application/json", ["Authorization"] = "Bearer " .. key}
   for i = 1, 512 do
     local body = string.format(
       '{"model":"%s","messages":[{"role":"user","content":"Question %d: what time is it?"}],' ..
-      '"max_tokens":32,"temperature":0%s}', model, i, stream and ',"stream":true' or "")
+      '"max_tokens":32,"temperature":0%s%s}', model, i, more, stream and ',"stream":true' or "")
     requests[i] = wrk.format("POST", "/v1/chat/completions", headers, body)
   end
 end
