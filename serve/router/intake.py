@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
-import uuid
 from typing import Any
 
 import orjson
@@ -172,7 +172,7 @@ def request_id_of(headers: Headers) -> str:
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.match(given):
         return given.decode("ascii")
-    return f"req-{uuid.uuid4().hex}"
+    return f"req-{secrets.token_hex(16)}"
 
 
 def _parse(body: bytes, max_depth: int) -> dict[str, Any]:

@@ -145,15 +145,11 @@ class Proxy:
         """Try the replicas of the arm that serves; None when the client has its answer."""
         upstream = ex.served
         tried: list[Replica] = []
-        failure = AttemptFailed(f"{upstream.name}: no replica is registered", status=503)
-        if lenient and self._pools.replicas(upstream):
-            failure = AttemptFailed(
-                f"{upstream.name}: every replica failed just now and is left alone", status=503
-            )
+        failure: AttemptFailed | None = None
         for attempt in range(_TRIES_PER_ARM):
             replica = self._pools.pick(upstream, tried, ex.affinity, strict=lenient)
             if replica is None:
-                if not tried or not failure.connect or lenient:
+                if failure is None or not failure.connect or lenient:
                     break
                 replica = tried[-1]  # nobody else to ask, and this one never saw the request
             if attempt:
@@ -175,7 +171,14 @@ class Proxy:
             elif ex.outcome.failed and not ex.fell_back:
                 self._pools.failed(replica)
             return None
-        return failure
+        return failure or self._nobody(upstream, lenient)
+
+    def _nobody(self, upstream: Upstream, lenient: bool) -> AttemptFailed:
+        """No replica could even be asked."""
+        why = "no replica is registered"
+        if lenient and self._pools.replicas(upstream):
+            why = "every replica failed just now and is left alone"
+        return AttemptFailed(f"{upstream.name}: {why}", status=503)
 
     async def _attempt(
         self, ex: Exchange, upstream: Upstream, replica: Replica, guard: Guard, send: Send, lenient: bool

@@ -22,7 +22,7 @@ _log = logging.getLogger("stillhouse.router")
 class Route:
     """Split and settings in force. Requests keep the Route they were assigned under until they end."""
 
-    __slots__ = ("_headers", "limiter", "settings", "split")
+    __slots__ = ("_headers", "_holds", "limiter", "settings", "split")
 
     def __init__(
         self, split: Split, settings: RouteSettings | None = None, limiter: Limiter | None = None
@@ -32,6 +32,7 @@ class Route:
         self.limiter = limiter
         """Shared by all versions of this route; None where nothing is bounded."""
         self._headers: dict[tuple[Arm, str], list[tuple[bytes, bytes]]] = {}
+        self._holds = {arm: self._held_by(arm) for arm in Arm}
 
     def headers(self, assigned: Arm, served: Upstream) -> list[tuple[bytes, bytes]]:
         """Response headers that say which arm was assigned and which upstream's model answered."""
@@ -53,6 +54,9 @@ class Route:
 
     def holds(self, assigned: Arm) -> tuple[str, ...]:
         """Upstreams a request of this arm may still need: its own and those it would fall back to."""
+        return self._holds[assigned]
+
+    def _held_by(self, assigned: Arm) -> tuple[str, ...]:
         names = [self.split.stable.name, *(u.name for u in self.settings.fallbacks)]
         if assigned is Arm.CANARY and self.split.canary is not None:
             names.append(self.split.canary.name)
