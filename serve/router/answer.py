@@ -72,11 +72,26 @@ def answer_of_stream(data: bytes) -> Answer:
     parts: list[str] = []
     finish: str | None = None
     for chunk in _chunks(data):
+        delta = _only_delta(chunk)
+        if delta is not None:
+            parts.append(delta)
+            continue
         piece, reason = _piece(chunk)
         if piece is not None:
             parts.append(piece)
         finish = reason or finish
     return Answer(_joined(parts), finish)
+
+
+def _only_delta(chunk: Any) -> str | None:
+    """The text of a chunk that is one choice with text and nothing else, as nearly every chunk is."""
+    try:
+        (choice,) = chunk["choices"]
+        text = choice["delta"]["content"]
+        plain = choice["index"] == 0 and choice["finish_reason"] is None
+    except (TypeError, KeyError, ValueError):
+        return None
+    return text if plain and isinstance(text, str) else None
 
 
 def model_of_stream(data: bytes) -> str | None:
