@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def test_two_replicas_on_ray_scrape_exactly_stream_and_drain(tmp_path: Path) -> 
         wait_until("ready", lambda: get(f"{router.url}/ready")[0] == 200)
         wait_until("both report", lambda: len(world.state.routers(10)) == 2)
         time.sleep(1.0)  # HAProxy hears of the second one a moment later
+        with urllib.request.urlopen(f"{router.url}/ready", timeout=20) as reply:
+            # Ray's own server says 'uvicorn'; this one says nothing. See serve/router/ray_ingress.py.
+            assert reply.headers.get("server") is None
         client = openai_client(router).with_options(api_key=secret)
 
         def one(i: int) -> str:
