@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gateway.processes import ROOT
-from serve.router.haproxy import haproxy_environment
+from serve.router.haproxy import free_ports, haproxy_environment
 
 
 def main(which: str, *args: str) -> None:
@@ -28,8 +27,7 @@ def main(which: str, *args: str) -> None:
         import ray
         from ray import serve as ray_serve
 
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         ray.init(
             num_cpus=2,
             include_dashboard=False,

@@ -7,6 +7,8 @@ Knows nothing about routes.
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +33,7 @@ def haproxy_environment(folder: Path, drain_s: float = 2.0) -> dict[str, str]:
     if len(str(folder)) > _LONGEST_FOLDER:
         raise ConfigError(f"{folder}: HAProxy's folder may have at most {_LONGEST_FOLDER} characters.")
     folder.mkdir(parents=True, exist_ok=True)
-    metrics_port, stats_port = _free_ports(2)
+    metrics_port, stats_port = free_ports(2)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -50,9 +52,16 @@ def haproxy_environment(folder: Path, drain_s: float = 2.0) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, below those that Linux gives to outgoing connections.
+
+    One of those could be taken by any client between being found free and being listened on.
+    """
+    found: list[int] = []
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
+        while len(found) < count:
+            probe, port = held.enter_context(socket.socket()), random.randrange(20_000, 32_000)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
