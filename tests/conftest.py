@@ -6,6 +6,8 @@ that use it run together and after the others, and before the demo, which brings
 
 from __future__ import annotations
 
+import atexit
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,15 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cheap tests first, then those that share the stack, then the demo."""
     items.sort(key=_cost)
+
+
+def pytest_configure() -> None:
+    """Let pytest's summary be the last word.
+
+    Native libraries (triton's nanobind) print hundreds of lines about references when the interpreter ends.
+    Everything printed before that, and the exit code, are untouched.
+    """
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
 
 
 def _cost(item: pytest.Item) -> tuple[int, str]:
