@@ -13,13 +13,8 @@ from pydantic import Field, model_validator
 
 from contracts.config import Record
 from contracts.gates import Verdict
+from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.traffic import NAME, Upstream
-
-LATENCY_BUCKETS_S: tuple[float, ...] = (
-    0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.030, 0.040, 0.060, 0.080, 0.100, 0.150, 0.200, 0.300,
-    0.400, 0.600, 0.800, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
-)  # fmt: skip
-"""Upper edges in seconds of every latency histogram (metrics and ledger): fine enough for small models."""
 
 
 class Phase(StrEnum):
@@ -54,50 +49,6 @@ PHASE_SENTENCES: dict[Phase, str] = {
     Phase.ROLLED_BACK: "the student was thrown back; if it did harm its digest is quarantined",
     Phase.ABORTED: "it ended without a verdict (a person, or its engine failed); the route is as before",
 }
-
-
-class MetricKind(StrEnum):
-    """What is counted per request."""
-
-    ERRORS = "errors"
-    TTFT = "ttft"
-    E2E = "e2e"
-    QUALITY = "quality"
-
-
-class MetricSpec(Record):
-    """One guardrail of a rollout: a harm test and a non-inferiority test on the same counts.
-
-    All metrics are Bernoulli per request: an error, a latency above `threshold_s`, a failed grade.
-    """
-
-    kind: MetricKind
-    margin: float = Field(gt=0, lt=1)
-    """Non-inferiority margin Δ on the risk difference: promote only if p_canary < p_stable + Δ is shown."""
-    tolerance: float | None = Field(default=None, ge=0, lt=1)
-    """Harm tolerance: roll back if p_canary > p_stable + tolerance is shown. Default: margin / 4."""
-    thresholds_s: tuple[float, ...] = ()
-    """Edges from LATENCY_BUCKETS_S, ttft and e2e only: harm at any counts, all must be non-inferior."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MetricSpec:
-        if self.kind in (MetricKind.TTFT, MetricKind.E2E):
-            wrong = [t for t in self.thresholds_s if t not in LATENCY_BUCKETS_S]
-            if not self.thresholds_s or wrong:
-                raise ValueError(
-                    f"metric {self.kind}: thresholds_s must be bucket edges; {wrong or 'none given'}: "
-                    f"choose from {LATENCY_BUCKETS_S}"
-                )
-        elif self.thresholds_s:
-            raise ValueError(f"metric {self.kind}: thresholds_s is only for latency metrics")
-        if self.tolerance is not None and self.tolerance >= self.margin:
-            raise ValueError(f"metric {self.kind}: tolerance must be smaller than margin {self.margin}")
-        return self
-
-    @property
-    def harm_tolerance(self) -> float:
-        """The tolerance in force."""
-        return self.margin / 4 if self.tolerance is None else self.tolerance
 
 
 class Step(Record):
@@ -148,48 +99,18 @@ class RolloutSpec(Record):
             raise ValueError(f"steps must have strictly rising weights, got {weights}")
         if not self.metrics:
             raise ValueError("metrics must not be empty: a rollout without evidence can never promote")
-        kinds = [m.kind for m in self.metrics]
-        if len(set(kinds)) != len(kinds):
-            raise ValueError(f"each metric kind may appear once, got {[str(k) for k in kinds]}")
+        keys = [m.key for m in self.metrics]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"metrics need different names, got {keys}: give the second one a 'name'")
         return self
 
 
-class ArmCounts(Record):
-    """Integer counts of one arm over some time: the sufficient statistics of every test.
-
-    `ttft` and `e2e` are per-bucket counts over LATENCY_BUCKETS_S plus one overflow bucket
-    (length 31, not cumulative); they hold counted, non-failed requests.
-    """
-
-    n: int = Field(default=0, ge=0)
-    errors: int = Field(default=0, ge=0)
-    graded: int = Field(default=0, ge=0)
-    grade_failed: int = Field(default=0, ge=0)
-    ttft: tuple[int, ...] = ()
-    e2e: tuple[int, ...] = ()
-
-    def plus(self, other: ArmCounts) -> ArmCounts:
-        """Sum of two counts."""
-        return ArmCounts(
-            n=self.n + other.n,
-            errors=self.errors + other.errors,
-            graded=self.graded + other.graded,
-            grade_failed=self.grade_failed + other.grade_failed,
-            ttft=_add(self.ttft, other.ttft),
-            e2e=_add(self.e2e, other.e2e),
-        )
-
-
-def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    if not a or not b:
-        return a or b
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
 class LedgerEntry(Record):
-    """Counts one router replica saw since its previous entry: append-only, exactly once by (replica, seq).
+    """Counts one writer saw since its previous entry: append-only, exactly once by (replica, seq).
 
-    Made by serve.router, consumed by serve.rollout. Only assignments with reason RANDOM are counted here.
+    Made by router replicas and by whoever grades answers later, consumed by serve.rollout. Only assignments
+    with reason RANDOM are counted here. `arm` is 'pair' where `counts.scores` compares both arms' answers to
+    the same request.
     """
 
     replica: str
@@ -205,6 +126,8 @@ class LedgerEntry(Record):
 class MetricStatus(Record):
     """Evidence on one metric so far; logs of e-values because they grow without bound."""
 
+    name: str
+    """The metric's key in the spec."""
     kind: MetricKind
     log_harm: float = 0.0
     log_noninferior: float = 0.0

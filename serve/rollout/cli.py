@@ -68,7 +68,7 @@ def start(
     )
     steps = " → ".join(f"{100 * s.weight:g}" for s in spec.steps)
     console.print(f"Rollout [bold]{spec.id}[/] of {spec.model_ref} on route {route} accepted.")
-    console.print(f"Ramp {steps} → 100 %, guardrails: {', '.join(m.kind.value for m in spec.metrics)}.")
+    console.print(f"Ramp {steps} → 100 %, guardrails: {', '.join(m.key for m in spec.metrics)}.")
     console.print(f"Follow it with: stillhouse rollout watch {route}")
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 
-from contracts.rollout import ArmCounts, Phase, RolloutSpec, RolloutStatus
+from contracts.metrics import ArmCounts
+from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from contracts.traffic import Arm
 from serve.rollout import evidence, sentences
 from serve.rollout.draft import Draft, end, enter_step, promote, roll_back, said
@@ -241,9 +242,7 @@ def _advance(d: Draft) -> None:
         why = sentences.weak(spec, family.weakest, status.total_counts, needed)
         d.go(Phase.HELD, f"{sentences.step_name(spec, status.step)} waits for evidence: {why}")
     elif not last:
-        why = (
-            f"{family.weakest.kind.value} {sentences.number(family.weakest.log_noninferior)} >= {needed:.3g}"
-        )
+        why = f"{family.weakest.name} {sentences.number(family.weakest.log_noninferior)} >= {needed:.3g}"
         enter_step(d, status.step + 1, f"weakest evidence {why} after {seen} canary requests")
     elif spec.hold_final:
         tests = sentences.promoted(spec, family, status.total_counts)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from contracts.rollout import ArmCounts, Phase, RolloutSpec, RolloutStatus
+from contracts.metrics import ArmCounts
+from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from serve.rollout.observation import Decision
 
 _TICK_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -70,8 +71,8 @@ class ControllerMetrics:
             after.weight if after.phase not in (Phase.PROMOTING, Phase.PROMOTED) else 0.0
         )
         for metric in after.metrics:
-            self.log_evalue.labels(route, metric.kind.value, "harm").set(metric.log_harm)
-            self.log_evalue.labels(route, metric.kind.value, "noninferior").set(metric.log_noninferior)
+            self.log_evalue.labels(route, metric.name, "harm").set(metric.log_harm)
+            self.log_evalue.labels(route, metric.name, "noninferior").set(metric.log_noninferior)
         for arm in ("stable", "canary"):
             self.samples.labels(route, arm).set(after.total_counts.get(arm, ArmCounts()).n)
         event = decided(before, after)

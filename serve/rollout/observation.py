@@ -12,7 +12,8 @@ from enum import StrEnum
 from pydantic import Field
 
 from contracts.config import Record
-from contracts.rollout import ArmCounts, RolloutStatus
+from contracts.metrics import ArmCounts
+from contracts.rollout import RolloutStatus
 from contracts.traffic import Arm, Split
 
 

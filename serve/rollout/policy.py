@@ -12,8 +12,9 @@ import uuid
 from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from contracts.metrics import MetricKind, MetricSpec
 from contracts.model import ModelRecord
-from contracts.rollout import MetricKind, MetricSpec, RolloutSpec, Step
+from contracts.rollout import RolloutSpec, Step
 from contracts.traffic import Upstream
 
 DEFAULT_STEPS = (
@@ -68,10 +69,10 @@ class RolloutPolicy(StrictConfig):
             raise ValueError(
                 "metrics: give one at least, e.g. {kind: errors, margin: 0.02}; no data, no promotion"
             )
-        kinds = [m.kind.value for m in self.metrics]
-        twice = sorted({k for k in kinds if kinds.count(k) > 1})
+        keys = [m.key for m in self.metrics]
+        twice = sorted({k for k in keys if keys.count(k) > 1})
         if twice:
-            raise ValueError(f"metrics: each kind may appear once, merge the entries of {', '.join(twice)}")
+            raise ValueError(f"metrics: two are called {', '.join(twice)}; give one of them another name")
         if self.no_data_deadline_s < 2 * self.look_s:
             least = f"{2 * self.look_s:g} s, two looks"
             raise ValueError(

@@ -82,7 +82,7 @@ def _evidence_body(spec: RolloutSpec, after: RolloutStatus) -> dict[str, Any]:
         "counts": {arm: _brief(c.model_dump()) for arm, c in after.total_counts.items()},
         "metrics": [
             {
-                "metric": m.kind.value,
+                "metric": m.name,
                 "log_harm": m.log_harm,
                 "log_noninferior": m.log_noninferior,
                 "verdict": m.verdict.value,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 
-from contracts.rollout import ArmCounts, MetricKind, MetricSpec, MetricStatus, RolloutSpec, RolloutStatus
-from serve.rollout import evalues
+from contracts.metrics import ArmCounts, MetricKind, MetricSpec
+from contracts.rollout import MetricStatus, RolloutSpec, RolloutStatus
 from serve.rollout.evidence import Family, windows_of
+from serve.rollout.stats import two_sample
 
 _WHAT = {
     MetricKind.ERRORS: "failed {c} against {b} on stable",
@@ -41,7 +42,7 @@ def step_name(spec: RolloutSpec, index: int) -> str:
 
 def compared(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts]) -> str:
     """What both arms did on one metric; for latency at the threshold where the canary looks worst."""
-    wanted = next(m for m in spec.metrics if m.kind is metric.kind)
+    wanted = next(m for m in spec.metrics if m.key == metric.name)
     stable, canary = (counts.get(arm, ArmCounts()) for arm in ("stable", "canary"))
     windows = windows_of(wanted, stable, canary)
     index = max(range(len(windows)), key=lambda i: _excess(windows[i]))
@@ -56,17 +57,17 @@ def harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str
     said = compared(spec, worst, counts)
     if worst.log_harm >= family.log_harm_each_at:
         bound = f"{number(family.log_harm_each_at)} ({len(spec.metrics)} metrics / alpha {spec.alpha_harm:g})"
-        return f"{worst.kind.value}: {said}: harm e-value {number(worst.log_harm)} >= {bound}"
+        return f"{worst.name}: {said}: harm e-value {number(worst.log_harm)} >= {bound}"
     bound = f"{number(family.log_harm_mean_at)} (1 / alpha {spec.alpha_harm:g})"
-    return f"{worst.kind.value}: {said}: mean harm e-value {number(family.log_mean_harm)} >= {bound}"
+    return f"{worst.name}: {said}: mean harm e-value {number(family.log_mean_harm)} >= {bound}"
 
 
 def promoted(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:
     """Why it is promoted."""
     weakest = family.weakest
-    margin = next(m.margin for m in spec.metrics if m.kind is weakest.kind)
+    margin = next(m.margin for m in spec.metrics if m.key == weakest.name)
     return (
-        f"every metric is shown to be no worse than stable by its margin; weakest was {weakest.kind.value} "
+        f"every metric is shown to be no worse than stable by its margin; weakest was {weakest.name} "
         f"(margin {percent(margin)}): {compared(spec, weakest, counts)}: "
         f"e-value {number(weakest.log_noninferior)} >= {number(family.log_promote_at)} "
         f"(1 / alpha {spec.alpha_promote:g})"
@@ -75,12 +76,12 @@ def promoted(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) ->
 
 def weak(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts], needed: float) -> str:
     """Why a step is not left although its time is over."""
-    metric_spec: MetricSpec = next(m for m in spec.metrics if m.kind is metric.kind)
+    metric_spec: MetricSpec = next(m for m in spec.metrics if m.key == metric.name)
     seen = sum(w.n_c for w in windows_of(metric_spec, ArmCounts(), counts.get("canary", ArmCounts())))
     if seen == 0:
-        return f"no canary data on {metric.kind.value} yet"
+        return f"no canary data on {metric.name} yet"
     return (
-        f"{metric.kind.value}: {compared(spec, metric, counts)}: "
+        f"{metric.name}: {compared(spec, metric, counts)}: "
         f"non-inferiority e-value {number(metric.log_noninferior)} of {needed:.3g} needed"
     )
 
@@ -100,5 +101,5 @@ def _share(k: int, n: int) -> str:
     return f"{k} of {n}" + (f" ({100 * k / n:.1f} %)" if n else "")
 
 
-def _excess(w: evalues.Window) -> float:
+def _excess(w: two_sample.Window) -> float:
     return w.k_c / max(1, w.n_c) - w.k_b / max(1, w.n_b)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from contracts.rollout import LATENCY_BUCKETS_S, ArmCounts, Phase, RolloutSpec, RolloutStatus
+from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts, pass_fail
+from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from contracts.traffic import Split, Upstream
 from serve.rollout.decide import decide, initial
 from serve.rollout.observation import Observation, SeenWindow
@@ -68,7 +69,7 @@ def simulate(spec: RolloutSpec, world: World, seed: int, max_s: float) -> Run:
     return Run(
         status=status,
         seconds=now - start,
-        excess_wrong=canary.grade_failed - world.stable.wrong * canary.graded,
+        excess_wrong=canary.failed() - world.stable.wrong * canary.graded(),
     )
 
 
@@ -102,11 +103,11 @@ def draw_counts(
     errors = int(rng.binomial(n, min(1.0, arm.errors + extra)))
     answered = n - errors
     graded = int(rng.binomial(answered, share))
+    wrong = int(rng.binomial(graded, arm.wrong))
     return ArmCounts(
         n=n,
         errors=errors,
-        graded=graded,
-        grade_failed=int(rng.binomial(graded, arm.wrong)),
+        scores={GRADE: pass_fail(graded - wrong, wrong)},
         ttft=_latencies(rng, arm.ttft_s, arm.spread, answered),
         e2e=_latencies(rng, arm.e2e_s, arm.spread, answered),
     )

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from contracts.gates import Verdict
-from contracts.rollout import LATENCY_BUCKETS_S, PHASE_SENTENCES, ArmCounts, Phase
+from contracts.metrics import LATENCY_BUCKETS_S, ArmCounts
+from contracts.rollout import PHASE_SENTENCES, Phase
 from serve.rollout import evidence, sentences
 from serve.rollout.decide import step_evidence
 from serve.state.rollouts import AuditEntry, StoredRollout
@@ -80,9 +81,9 @@ def counts_table(counts: dict[str, ArmCounts]) -> Table:
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm in ("stable", "canary"):
         c = counts.get(arm, ArmCounts())
-        wrong = _rate(c.grade_failed, c.graded)
+        wrong = _rate(c.failed(), c.graded())
         table.add_row(
-            arm, str(c.n), _rate(c.errors, c.n), str(c.graded), wrong, quantiles(c.ttft), quantiles(c.e2e)
+            arm, str(c.n), _rate(c.errors, c.n), str(c.graded()), wrong, quantiles(c.ttft), quantiles(c.e2e)
         )
     return table
 
@@ -97,10 +98,10 @@ def metrics_table(stored: StoredRollout) -> Table:
         return table
     family = evidence.combine(spec, status.metrics)
     needed = step_evidence(spec, status.step)
-    margins = {m.kind: m.margin for m in spec.metrics}
+    margins = {m.key: m.margin for m in spec.metrics}
     for m in status.metrics:
         table.add_row(
-            f"{m.kind.value} [dim]margin {100 * margins[m.kind]:g} pp[/]",
+            f"{m.name} [dim]margin {100 * margins[m.name]:g} pp[/]",
             bar(m.log_harm, family.log_harm_each_at, "red"),
             bar(m.log_noninferior, family.log_promote_at, "green"),
             f"{needed:.3g}",

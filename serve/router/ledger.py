@@ -12,7 +12,8 @@ import time
 from bisect import bisect_left
 from typing import NamedTuple
 
-from contracts.rollout import LATENCY_BUCKETS_S, ArmCounts, LedgerEntry
+from contracts.metrics import LATENCY_BUCKETS_S, SCORE_VALUES, ArmCounts, score_bin
+from contracts.rollout import LedgerEntry
 
 _BUCKETS = len(LATENCY_BUCKETS_S) + 1
 
@@ -32,10 +33,11 @@ def bucket_of(seconds: float) -> int:
 
 
 class _Tally:
-    __slots__ = ("e2e", "errors", "grade_failed", "graded", "n", "ttft")
+    __slots__ = ("e2e", "errors", "n", "scores", "ttft")
 
     def __init__(self) -> None:
-        self.n = self.errors = self.graded = self.grade_failed = 0
+        self.n = self.errors = 0
+        self.scores: dict[str, list[int]] = {}
         self.ttft = [0] * _BUCKETS
         self.e2e = [0] * _BUCKETS
 
@@ -43,10 +45,9 @@ class _Tally:
         return ArmCounts(
             n=self.n,
             errors=self.errors,
-            graded=self.graded,
-            grade_failed=self.grade_failed,
             ttft=tuple(self.ttft),
             e2e=tuple(self.e2e),
+            scores={name: tuple(found) for name, found in self.scores.items()},
         )
 
 
@@ -72,12 +73,15 @@ class Ledger:
             if ttft_s is not None:
                 tally.ttft[bucket_of(ttft_s)] += 1
 
-    def grade(self, key: EvidenceKey, passed: bool) -> None:
+    def score(self, key: EvidenceKey, grader: str, score: float) -> None:
         """Count one graded answer; it may come long after the request was counted."""
+        at = score_bin(score)
         with self._lock:
-            tally = self._tally(key)
-            tally.graded += 1
-            tally.grade_failed += not passed
+            scores = self._tally(key).scores
+            found = scores.get(grader)
+            if found is None:
+                found = scores[grader] = [0] * len(SCORE_VALUES)
+            found[at] += 1
 
     def cut(self) -> list[LedgerEntry]:
         """Everything not yet stored, oldest first, numbered; call `stored` once it is in the state store."""

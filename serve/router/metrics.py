@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from contracts.errors import ConfigError
-from contracts.rollout import LATENCY_BUCKETS_S
+from contracts.metrics import LATENCY_BUCKETS_S
 from contracts.traffic import Arm, Outcome, Split, Upstream
 from serve.router.batch import FLUSH_S, Batch, Counted, Level, Observed
 

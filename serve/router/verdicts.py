@@ -5,6 +5,7 @@ Called from the log's threads. Knows nothing about how an answer was graded.
 
 from __future__ import annotations
 
+from contracts.metrics import GRADE
 from serve.router.exchange import Exchange
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
@@ -23,7 +24,7 @@ class Verdicts:
         self._metrics.grades.labels(draft.route.split.route, draft.assignment.arm.value, verdict).inc()
         key = draft.evidence()
         if key is not None:
-            self._ledger.grade(key, passed)
+            self._ledger.score(key, GRADE, 1.0 if passed else 0.0)
 
     def ungraded(self, reason: str) -> None:
         """Count an answer without a verdict; errors have a metric of their own."""

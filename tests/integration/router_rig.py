@@ -16,7 +16,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from contracts.rollout import ArmCounts
+from contracts.metrics import ArmCounts
 from contracts.traffic import Split, Upstream
 from serve.router.config import RouterConfig
 from serve.state.tables import open_state

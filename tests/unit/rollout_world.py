@@ -9,17 +9,9 @@ import numpy as np
 from sqlalchemy import Engine
 
 from contracts.gates import Gate, GateReport, GateResult, Verdict
+from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import Artifact, EvalReport, ModelRecord
-from contracts.rollout import (
-    ArmCounts,
-    LedgerEntry,
-    MetricKind,
-    MetricSpec,
-    Phase,
-    RolloutSpec,
-    RolloutStatus,
-    Step,
-)
+from contracts.rollout import LedgerEntry, Phase, RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split, Upstream
 from serve.rollout.controller import Controller
 from serve.rollout.decide import initial

@@ -14,7 +14,8 @@ from contracts import errors
 from contracts.config import StrictConfig, canonical_json, load_config, write_atomic
 from contracts.errors import ConfigError, StillhouseError
 from contracts.gates import Gate, GateReport, Verdict, judge
-from contracts.rollout import LATENCY_BUCKETS_S, ArmCounts, MetricSpec, RolloutSpec, Step
+from contracts.metrics import LATENCY_BUCKETS_S, ArmCounts, MetricSpec, pass_fail
+from contracts.rollout import RolloutSpec, Step
 from contracts.traffic import Outcome, Split, Upstream
 
 
@@ -175,7 +176,7 @@ def test_rollout_spec_refuses_what_cannot_decide() -> None:
         ("steps", (Step(weight=0.5), Step(weight=0.1)), "strictly rising"),
         ("steps", (), "must not be empty"),
         ("metrics", (), "must not be empty"),
-        ("metrics", good["metrics"] * 2, "may appear once"),
+        ("metrics", good["metrics"] * 2, "need different names"),
     ):
         with pytest.raises(ValidationError, match=message):
             RolloutSpec(**{**good, field: value})
@@ -188,9 +189,9 @@ def test_rollout_spec_refuses_what_cannot_decide() -> None:
 def test_counts_add_up_bucket_by_bucket() -> None:
     """Sums over replicas and windows are exact, also when one side has no histogram yet."""
     buckets = tuple(range(len(LATENCY_BUCKETS_S) + 1))
-    one = ArmCounts(n=2, errors=1, graded=2, grade_failed=1, ttft=buckets)
+    one = ArmCounts(n=2, errors=1, scores={"grade": pass_fail(1, 1)}, ttft=buckets)
     total = one.plus(ArmCounts(n=3, ttft=buckets)).plus(ArmCounts())
-    assert (total.n, total.errors, total.graded, total.grade_failed) == (5, 1, 2, 1)
+    assert (total.n, total.errors, total.graded(), total.failed()) == (5, 1, 2, 1)
     assert total.ttft == tuple(2 * b for b in buckets)
     assert total.e2e == ()
 

@@ -11,17 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.gates import Verdict
-from contracts.rollout import (
-    LATENCY_BUCKETS_S,
-    ArmCounts,
-    MetricKind,
-    MetricSpec,
-    MetricStatus,
-    Phase,
-    RolloutSpec,
-    RolloutStatus,
-    Step,
-)
+from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts, MetricKind, MetricSpec, pass_fail
+from contracts.rollout import MetricStatus, Phase, RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split
 from serve.rollout import evidence, sentences
 from serve.rollout.decide import decide, initial, step_evidence
@@ -161,9 +152,15 @@ def test_noninferiority_of_latency_needs_every_threshold() -> None:
     assert found[0].verdict is Verdict.FAIL
 
 
+def graded(n: int, passed: int, failed: int, errors: int = 0) -> ArmCounts:
+    """Counts with verdicts of the grader."""
+    return ArmCounts(n=n, errors=errors, scores={GRADE: pass_fail(passed, failed)})
+
+
 def metric(kind: MetricKind, harm: float, good: float) -> MetricStatus:
     """Evidence made up."""
     return MetricStatus(
+        name=kind.value,
         kind=kind,
         log_harm=math.log(harm),
         log_noninferior=math.log(good),
@@ -190,7 +187,7 @@ def test_family_of_tests() -> None:
 def test_verdicts_without_canary_data_are_no_data() -> None:
     """Stable traffic alone never passes anything: no data is not a pass."""
     of = spec()
-    found = evidence.update(of, evidence.fresh(of), ArmCounts(n=5000, graded=5000), ArmCounts())
+    found = evidence.update(of, evidence.fresh(of), graded(5000, 5000, 0), ArmCounts())
     assert {m.verdict for m in found} == {Verdict.NO_DATA}
     assert all((m.log_harm, m.log_noninferior) == (0.0, 0.0) for m in found)
 
@@ -209,7 +206,10 @@ def test_status_survives_json_to_the_last_bit(windows: list[tuple[int, int, int,
     of = spec()
     found = evidence.fresh(of)
     for n_b, k_b, n_c, k_c in windows:
-        stable, canary = (ArmCounts(n=n, errors=min(k, n), graded=n) for n, k in ((n_b, k_b), (n_c, k_c)))
+        stable, canary = (
+            ArmCounts(n=n, errors=min(k, n), scores={GRADE: pass_fail(n, 0)})
+            for n, k in ((n_b, k_b), (n_c, k_c))
+        )
         found = evidence.update(of, found, stable, canary)
         status = initial(of).model_copy(update={"metrics": found})
         again = RolloutStatus.model_validate_json(status.model_dump_json())
@@ -220,9 +220,13 @@ def test_status_survives_json_to_the_last_bit(windows: list[tuple[int, int, int,
 def test_the_rollback_sentence_has_the_numbers() -> None:
     """A person reads counts of both arms, the e-value and its threshold."""
     of = spec()
-    found, stable, canary = evidence.fresh(of), ArmCounts(n=240, graded=240, grade_failed=3), ArmCounts()
+    found, stable, canary = (
+        evidence.fresh(of),
+        graded(240, 237, 3),
+        ArmCounts(),
+    )
     found = evidence.update(of, found, stable, canary)
-    canary = ArmCounts(n=14, graded=14, grade_failed=9)
+    canary = graded(14, 5, 9)
     found = evidence.update(of, found, stable, canary)
     said = sentences.harm(of, evidence.combine(of, found), {"stable": stable.plus(stable), "canary": canary})
     head = "quality: canary got 9 of 14 (64.3 %) graded answers wrong against 6 of 480 (1.2 %) on stable"

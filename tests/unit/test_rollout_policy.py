@@ -6,7 +6,7 @@ import pytest
 
 from contracts.config import parse_config
 from contracts.errors import ConfigError
-from contracts.rollout import MetricKind
+from contracts.metrics import MetricKind
 from serve.rollout.policy import RolloutPolicy, make_spec, student_upstream
 from serve.rollout.start import pick_policy
 from tests.unit.rollout_world import T0, record

@@ -6,7 +6,7 @@ import math
 import random
 import threading
 
-from contracts.rollout import LATENCY_BUCKETS_S, ArmCounts
+from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts
 from contracts.traffic import Arm, Split, Upstream
 from serve.router.config import RouterConfig
 from serve.router.ledger import EvidenceKey, Ledger, bucket_of
@@ -35,10 +35,10 @@ def test_counts_are_what_happened() -> None:
     ledger.count(KEY, failed=False, ttft_s=0.003, e2e_s=0.5)
     ledger.count(KEY, failed=False, ttft_s=None, e2e_s=99.0)
     ledger.count(KEY, failed=True, ttft_s=0.001, e2e_s=0.1)
-    ledger.grade(KEY, passed=False)
+    ledger.score(KEY, GRADE, 0.0)
     (entry,) = ledger.cut()
     counts = entry.counts
-    assert (counts.n, counts.errors, counts.graded, counts.grade_failed) == (3, 1, 1, 1)
+    assert (counts.n, counts.errors, counts.graded(), counts.failed()) == (3, 1, 1, 1)
     assert (sum(counts.ttft), sum(counts.e2e), counts.e2e[-1]) == (1, 2, 1)
     assert (len(counts.ttft), len(counts.e2e)) == (31, 31)
     assert (entry.route, entry.rollout_id, entry.arm, entry.split_version) == KEY
@@ -77,7 +77,7 @@ def test_counting_and_grading_from_two_threads_loses_nothing() -> None:
 
     def grade() -> None:
         for _ in range(5000):
-            ledger.grade(KEY, passed=True)
+            ledger.score(KEY, GRADE, 1.0)
 
     thread = threading.Thread(target=grade)
     thread.start()
@@ -89,7 +89,7 @@ def test_counting_and_grading_from_two_threads_loses_nothing() -> None:
     thread.join()
     entries += ledger.cut()
     assert sum(e.counts.n for e in entries) == 5000
-    assert sum(e.counts.graded for e in entries) == 5000
+    assert sum(e.counts.graded() for e in entries) == 5000
 
 
 def split(version: int, weight: float = 0.0) -> Split:

@@ -9,7 +9,8 @@ import pytest
 
 from contracts.config import parse_config
 from contracts.errors import StateError
-from contracts.rollout import MetricKind, MetricSpec, RolloutSpec, RolloutStatus, Step
+from contracts.metrics import MetricKind, MetricSpec
+from contracts.rollout import RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split, Upstream
 from serve.app import students_in_use, write_routes
 from serve.config import ServeConfig

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import Engine, update
 
 from contracts.errors import ConflictError, NotFoundError, StateError
-from contracts.rollout import ArmCounts, LedgerEntry, Phase
+from contracts.metrics import ArmCounts
+from contracts.rollout import LedgerEntry, Phase
 from contracts.traffic import Split
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec

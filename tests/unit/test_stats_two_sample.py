@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from serve.rollout import evalues
-from serve.rollout.evalues import HARM_ALTERNATIVES, Window
+from serve.rollout.stats import two_sample
+from serve.rollout.stats.two_sample import HARM_ALTERNATIVES, Window
 
 SHAPES = [(9, 1), (27, 3), (5, 5), (99, 1), (30, 15)]
 
@@ -25,7 +25,7 @@ def expectation(n_b: int, n_c: int, p_b: float, p_c: float, log_e: dict[tuple[in
 def table(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: float) -> dict[tuple[int, int], float]:
     """Log e-value of every pair of counts."""
     return {
-        (kb, kc): evalues.block_log_e(Window(n_b, kb, n_c, kc), alt_b, alt_c, delta)
+        (kb, kc): two_sample.block_log_e(Window(n_b, kb, n_c, kc), alt_b, alt_c, delta)
         for kb in range(n_b + 1)
         for kc in range(n_c + 1)
     }
@@ -63,7 +63,7 @@ def test_noninferiority_e_value_is_valid_on_the_whole_null(shape: tuple[int, int
 def test_e_value_is_tight_on_the_boundary_point_it_was_projected_to() -> None:
     """E[e] is exactly 1 at the projection itself: the test wastes nothing."""
     n_b, n_c, delta = 27, 3, 0.02
-    x = evalues.boundary_projection(n_b, n_c, 0.01, 0.2, delta)
+    x = two_sample.boundary_projection(n_b, n_c, 0.01, 0.2, delta)
     assert expectation(n_b, n_c, x, x + delta, table(n_b, n_c, 0.01, 0.2, delta)) == pytest.approx(
         1.0, abs=1e-12
     )
@@ -71,7 +71,7 @@ def test_e_value_is_tight_on_the_boundary_point_it_was_projected_to() -> None:
 
 def test_projection_without_margin_is_the_pooled_rate() -> None:
     """For delta = 0 the KL projection has the closed form of arXiv 2106.02693."""
-    assert evalues.boundary_projection(270, 30, 0.01, 0.06, 0.0) == pytest.approx(0.015, abs=1e-14)
+    assert two_sample.boundary_projection(270, 30, 0.01, 0.06, 0.0) == pytest.approx(0.015, abs=1e-14)
 
 
 def test_projection_solves_its_equation_over_extreme_inputs() -> None:
@@ -81,7 +81,7 @@ def test_projection_solves_its_equation_over_extreme_inputs() -> None:
         (10_000, 1, 0.02, 0.7, 0.05),
         (3, 500, 0.9, 0.985, 0.01),
     ]:
-        x = evalues.boundary_projection(n_b, n_c, pb, pc, d)
+        x = two_sample.boundary_projection(n_b, n_c, pb, pc, d)
         slope = n_b * (pb - x) / (x * (1 - x)) + n_c * (pc - x - d) / ((x + d) * (1 - x - d))
         scale = n_b / (x * (1 - x)) + n_c / ((x + d) * (1 - x - d))
         assert abs(slope) <= 1e-9 * scale
@@ -89,66 +89,66 @@ def test_projection_solves_its_equation_over_extreme_inputs() -> None:
 
 def test_swapping_the_arms_mirrors_the_e_value() -> None:
     """With delta = 0 canary and stable are interchangeable; GrowthBook #6020 swapped its arms unnoticed."""
-    one = evalues.block_log_e(Window(40, 2, 20, 9), 0.05, 0.4, 0.0)
-    other = evalues.block_log_e(Window(20, 9, 40, 2), 0.4, 0.05, 0.0)
+    one = two_sample.block_log_e(Window(40, 2, 20, 9), 0.05, 0.4, 0.0)
+    other = two_sample.block_log_e(Window(20, 9, 40, 2), 0.4, 0.05, 0.0)
     assert one == pytest.approx(other, rel=1e-12)
 
 
 def test_harm_looks_at_the_canary_and_not_at_stable() -> None:
     """Failures of the canary raise the harm e-value, the same failures of stable lower it."""
-    start = evalues.start(0.01)
-    canary_bad = evalues.look(start, Window(100, 1, 100, 20), 0.005, 0.02)
-    stable_bad = evalues.look(start, Window(100, 20, 100, 1), 0.005, 0.02)
-    assert evalues.log_harm(canary_bad) > math.log(1e3)
-    assert evalues.log_harm(stable_bad) < 0.0
+    start = two_sample.start(0.01)
+    canary_bad = two_sample.look(start, Window(100, 1, 100, 20), 0.005, 0.02)
+    stable_bad = two_sample.look(start, Window(100, 20, 100, 1), 0.005, 0.02)
+    assert two_sample.log_harm(canary_bad) > math.log(1e3)
+    assert two_sample.log_harm(stable_bad) < 0.0
 
 
 @pytest.mark.parametrize("window", [Window(500, 7, 0, 0), Window(0, 0, 10, 10), Window(0, 0, 0, 0)])
 def test_a_window_without_one_arm_compares_nothing(window: Window) -> None:
     """No concurrent traffic, no evidence in either direction; the estimates may still learn."""
-    state = evalues.look(evalues.start(0.01), Window(200, 2, 20, 1), 0.005, 0.02)
-    after = evalues.look(state, window, 0.005, 0.02)
+    state = two_sample.look(two_sample.start(0.01), Window(200, 2, 20, 1), 0.005, 0.02)
+    after = two_sample.look(state, window, 0.005, 0.02)
     assert (after.harm, after.noninferior) == (state.harm, state.noninferior)
 
 
 def test_windows_multiply() -> None:
     """Each component's product over two windows is the sum of the windows' logs: nothing is refitted."""
-    first = evalues.look(evalues.start(0.02), Window(100, 2, 10, 0), 0.01, 0.04)
+    first = two_sample.look(two_sample.start(0.02), Window(100, 2, 10, 0), 0.01, 0.04)
     window = Window(120, 1, 12, 3)
     base = first.base_k / first.base_n
-    gained = evalues.harm_log_e(window, base, 0.05, 0.01)
-    second = evalues.look(first, window, 0.01, 0.04)
+    gained = two_sample.harm_log_e(window, base, 0.05, 0.01)
+    second = two_sample.look(first, window, 0.01, 0.04)
     index = [excess for excess, _ in HARM_ALTERNATIVES].index(0.05)
     assert second.harm[index] == first.harm[index] + gained
 
 
 def test_the_alternative_ignores_the_window_it_is_tested_on() -> None:
     """Predictability: the first look's e-value is that of the prior, whatever the window's own rates are."""
-    start = evalues.start(0.01)
-    after = evalues.look(start, Window(100, 50, 10, 5), 0.0, 0.02)
-    assert after.harm[3] == evalues.harm_log_e(Window(100, 50, 10, 5), 0.01, 0.05, 0.0)
+    start = two_sample.start(0.01)
+    after = two_sample.look(start, Window(100, 50, 10, 5), 0.0, 0.02)
+    assert after.harm[3] == two_sample.harm_log_e(Window(100, 50, 10, 5), 0.01, 0.05, 0.0)
 
 
 def test_three_wrong_answers_of_three_are_enough() -> None:
     """A student that fails everything is found within a handful of graded answers."""
-    state = evalues.start(0.05)
+    state = two_sample.start(0.05)
     for _ in range(5):
-        state = evalues.look(state, Window(60, 2, 0, 0), 0.0125, 0.05)
+        state = two_sample.look(state, Window(60, 2, 0, 0), 0.0125, 0.05)
     for _ in range(3):
-        state = evalues.look(state, Window(60, 2, 1, 1), 0.0125, 0.05)
-    assert evalues.log_harm(state) > math.log(4 / 0.05)
+        state = two_sample.look(state, Window(60, 2, 1, 1), 0.0125, 0.05)
+    assert two_sample.log_harm(state) > math.log(4 / 0.05)
 
 
 def run(p_b: float, p_c: float, seed: int, looks: int, tol: float, margin: float) -> tuple[bool, bool]:
     """One simulated sequence: did it ever show harm, did it ever show non-inferiority (alpha 0.05)?"""
     rng = np.random.default_rng(seed)
-    state, harm, good = evalues.start(p_b), False, False
+    state, harm, good = two_sample.start(p_b), False, False
     n_b, n_c = rng.poisson(270, looks), rng.poisson(30, looks)
     k_b, k_c = rng.binomial(n_b, p_b), rng.binomial(n_c, p_c)
     for w in zip(n_b.tolist(), k_b.tolist(), n_c.tolist(), k_c.tolist(), strict=True):
-        state = evalues.look(state, Window(*w), tol, margin)
-        harm = harm or evalues.log_harm(state) >= math.log(20)
-        good = good or evalues.log_noninferior(state) >= math.log(20)
+        state = two_sample.look(state, Window(*w), tol, margin)
+        harm = harm or two_sample.log_harm(state) >= math.log(20)
+        good = good or two_sample.log_noninferior(state) >= math.log(20)
     return harm, good
 
 
@@ -174,5 +174,5 @@ def test_power_in_setting_s1() -> None:
 
 def test_log_mean_exp_neither_overflows_nor_loses_the_small_terms() -> None:
     """E-values grow without bound; their mean must not."""
-    assert evalues.log_mean_exp([2000.0, 0.0]) == pytest.approx(2000.0 - math.log(2))
-    assert evalues.log_mean_exp([0.0, math.log(3)], [0.25, 0.75]) == pytest.approx(math.log(2.5))
+    assert two_sample.log_mean_exp([2000.0, 0.0]) == pytest.approx(2000.0 - math.log(2))
+    assert two_sample.log_mean_exp([0.0, math.log(3)], [0.25, 0.75]) == pytest.approx(math.log(2.5))
