@@ -18,7 +18,7 @@ from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.rollout.simulate import ArmModel, draw_counts
-from serve.state.rollouts import RolloutState
+from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
 
@@ -146,6 +146,11 @@ class World:
             holder=holder,
             clock=lambda: self.now,
         )
+
+    @property
+    def stored(self) -> StoredRollout:
+        """The rollout as it is stored."""
+        return self.rollouts.get(self.spec.id)
 
     @property
     def status(self) -> RolloutStatus:
