@@ -1,4 +1,4 @@
-"""The control loop: observe each rollout that is due, decide, act, remember. The only module that does things.
+"""The control loop: observe what is due, decide, act, remember. The only module that does things.
 
 Kill-safe by construction: what it knows is in the state store; what it does is derived from the stored phase
 and is idempotent, so doing it again after a kill is harmless. Status, audit, split, quarantine, consumed

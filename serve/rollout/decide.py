@@ -64,7 +64,6 @@ def initial(spec: RolloutSpec) -> RolloutStatus:
         id=spec.id,
         reason=f"asked for by {spec.created_by}",
         phase_since=spec.created_at,
-        next_look_at=spec.created_at,
         metrics=evidence.fresh(spec),
     )
 

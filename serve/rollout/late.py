@@ -18,7 +18,7 @@ from serve.rollout.stats.combine import log_mean_exp
 
 def update(spec: RolloutSpec, watch: WatchStatus, window: SeenWindow) -> WatchStatus:
     """Fold one window of swapped arms into the detectors of the guardrails."""
-    after = evidence.update(spec, watch.metrics, window.stable, window.canary)
+    after = evidence.update(spec, watch.metrics, window)
     known = {m.name: m for m in watch.metrics}
     guards = {m.key for m in spec.metrics if m.role is Role.GUARDRAIL}
     states = dict(watch.detectors)

@@ -55,9 +55,6 @@ def start_rollout(
     if split is None:
         known = ", ".join(sorted(traffic.splits())) or "none; start the stack with 'stillhouse up'"
         raise NotFoundError(f"no route {route!r}; there are: {known}.")
-    _check_free(rollouts, route)
-    if not force:
-        _check_cooldown(rollouts, route, time.time())
     record = registry.get(model)
     check_gates(record)
     if split.stable.digest == record.artifact.digest:
@@ -68,6 +65,9 @@ def start_rollout(
             f"{record.ref} is quarantined because it was thrown back before: {why}. "
             "Publish a better one, or say --force-quarantined to try the same one again."
         )
+    _check_free(rollouts, route)
+    if not force:
+        _check_cooldown(rollouts, route, time.time())
     folder = registry.download(record.ref)
     record = record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
     who = (by or getpass.getuser()) + (f" ({reason})" if reason else "")

@@ -11,11 +11,11 @@ from sqlalchemy import Engine, update
 
 from contracts.errors import ConflictError, NotFoundError, StateError
 from contracts.metrics import ArmCounts
-from contracts.rollout import LedgerEntry, Phase
+from contracts.rollout import LedgerEntry, Phase, RolloutStatus
 from contracts.traffic import Split
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec
-from serve.state.rollouts import AuditEntry, RolloutState
+from serve.state.rollouts import AuditEntry, RolloutState, StoredRollout, Tick
 from serve.state.tables import open_state, schema_table
 from serve.state.traffic import RouterReport, TrafficState
 from tests.unit.rollout_world import T0, TEACHER, record
@@ -60,6 +60,11 @@ def audit(tick: int) -> AuditEntry:
     return AuditEntry(rollout_id="x", tick=tick, at=T0, kind="look", body={"n": tick, "e": 0.1 + 0.2})
 
 
+def tick(before: StoredRollout, status: RolloutStatus, new: Split) -> Tick:
+    """A tick that moves a split, consumes command 1 and quarantines digest 'd'."""
+    return Tick(before, status, [audit(1)], split=new, done_commands=[1], quarantined=("d", "bad"))
+
+
 def test_a_split_is_written_only_one_above_the_stored_version(engine: Engine) -> None:
     """Compare-and-set: of two writers that read the same version one loses."""
     traffic = TrafficState(engine)
@@ -99,17 +104,13 @@ def test_a_tick_is_all_or_nothing(engine: Engine) -> None:
     before = state.get("x")
     moved = before.status.model_copy(update={"phase": Phase.WARMING, "ticks": 1})
     with pytest.raises(ConflictError):
-        state.save_tick(
-            before, moved, [audit(1)], split=split(3), done_commands=[1], quarantined=("d", "bad")
-        )
+        state.save_tick(tick(before, moved, split(3)))
     assert state.get("x") == before
     assert state.audit("x") == []
     assert len(state.pending_commands("x")) == 1
     assert state.quarantined("d") is None
 
-    after = state.save_tick(
-        before, moved, [audit(1)], split=split(2), done_commands=[1], quarantined=("d", "bad")
-    )
+    after = state.save_tick(tick(before, moved, split(2)))
     assert state.get("x") == after
     assert state.audit("x") == [audit(1)]
     assert state.pending_commands("x") == []
@@ -121,9 +122,9 @@ def test_a_stale_writer_is_refused(engine: Engine) -> None:
     """Two controllers read the same status: the second to write gets a conflict, and writes nothing."""
     state = started(engine)
     before = state.get("x")
-    state.save_tick(before, before.status, [audit(1)])
+    state.save_tick(Tick(before, before.status, [audit(1)]))
     with pytest.raises(ConflictError, match="another controller"):
-        state.save_tick(before, before.status, [audit(2)])
+        state.save_tick(Tick(before, before.status, [audit(2)]))
     assert [e.tick for e in state.audit("x")] == [1]
 
 
@@ -134,7 +135,7 @@ def test_one_active_rollout_a_route_until_it_is_over(engine: Engine) -> None:
     with pytest.raises(ConflictError, match="already has an active rollout"):
         state.create(spec, initial(spec))
     before = state.get("x")
-    state.save_tick(before, before.status.model_copy(update={"phase": Phase.ABORTED}), [])
+    state.save_tick(Tick(before, before.status.model_copy(update={"phase": Phase.ABORTED})))
     assert state.active() == []
     state.create(spec, initial(spec))
     assert [r.spec.id for r in state.active("r")] == [spec.id]
@@ -146,7 +147,7 @@ def test_unknown_things_are_named(engine: Engine) -> None:
     state = started(engine)
     with pytest.raises(NotFoundError, match="no rollout 'y'"):
         state.get("y")
-    with pytest.raises(NotFoundError, match="pause, resume, promote, abort"):
+    with pytest.raises(NotFoundError, match="pause, resume, approve, promote, abort"):
         state.add_command("x", "explode", "ann")
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 import math
 
 from contracts.gates import Verdict
-from contracts.metrics import ArmCounts
+from contracts.metrics import PAIR, ArmCounts
 from contracts.rollout import Phase, RolloutSpec, SrmRule
 from contracts.traffic import Arm
 from serve.rollout import evidence, sentences
 from serve.rollout.draft import Draft, roll_back
+from serve.rollout.observation import SeenWindow
 from serve.rollout.stats import srm
 
 KILL_SWITCH_SAMPLES = 20
@@ -23,10 +24,11 @@ def look(d: Draft) -> None:
     d.looked = True
     metrics, step, fresh = d.status.metrics, dict(d.status.step_counts), False
     for window in d.seen.windows:
-        metrics = evidence.update(d.spec, metrics, window.stable, window.canary)
+        metrics = evidence.update(d.spec, metrics, window)
         fresh = fresh or window.canary.n > 0
         if window.split_version == d.seen.split.version:
-            step = plus(step, window.stable, window.canary)
+            step = plus(step, window)
+    metrics = evidence.read(d.spec, metrics, d.seen.queries)
     d.set(metrics=metrics, step_counts=step)
     add_totals(d)
     _sample_ratio(d)
@@ -40,16 +42,16 @@ def add_totals(d: Draft) -> None:
     """Add the windows to the totals and move the cursor behind them."""
     total = dict(d.status.total_counts)
     for window in d.seen.windows:
-        total = plus(total, window.stable, window.canary)
+        total = plus(total, window)
     d.set(total_counts=total, cursor={**d.status.cursor, **d.seen.cursor})
 
 
-def plus(counts: dict[str, ArmCounts], stable: ArmCounts, canary: ArmCounts) -> dict[str, ArmCounts]:
-    """Counts by arm with more of both arms."""
-    return {
-        Arm.STABLE.value: counts.get(Arm.STABLE.value, ArmCounts()).plus(stable),
-        Arm.CANARY.value: counts.get(Arm.CANARY.value, ArmCounts()).plus(canary),
-    }
+def plus(counts: dict[str, ArmCounts], window: SeenWindow) -> dict[str, ArmCounts]:
+    """Counts by arm with a window's added."""
+    seen = {Arm.STABLE.value: window.stable, Arm.CANARY.value: window.canary}
+    if window.pairs.scores:
+        seen[PAIR] = window.pairs
+    return {**counts, **{arm: counts.get(arm, ArmCounts()).plus(new) for arm, new in seen.items()}}
 
 
 def kill_switch(spec: RolloutSpec, now: tuple[int, int], step: tuple[int, int]) -> str | None:

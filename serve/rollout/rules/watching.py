@@ -35,8 +35,10 @@ def watching(d: Draft) -> None:
 
 
 def swapped(window: SeenWindow) -> SeenWindow:
-    """The window with the student as canary and the former stable as stable."""
-    return window.model_copy(update={"stable": window.canary, "canary": window.stable})
+    """The window with the student as canary, the former stable as stable; pairs count the canary's side."""
+    mirrored = {grader: counts[::-1] for grader, counts in window.pairs.scores.items()}
+    pairs = window.pairs.model_copy(update={"scores": mirrored})
+    return window.model_copy(update={"stable": window.canary, "canary": window.stable, "pairs": pairs})
 
 
 def _look(d: Draft, watch: WatchStatus, windows: list[SeenWindow]) -> bool:
@@ -44,7 +46,7 @@ def _look(d: Draft, watch: WatchStatus, windows: list[SeenWindow]) -> bool:
     d.looked = True
     for window in windows:
         watch = late.update(d.spec, watch, window)
-        watch = watch.model_copy(update={"counts": plus(watch.counts, window.stable, window.canary)})
+        watch = watch.model_copy(update={"counts": plus(watch.counts, window)})
     cursor = {**d.status.cursor, **d.seen.cursor}
     d.set(watch=watch, cursor=cursor, next_look_at=d.seen.now + d.spec.look_s)
     if not late.alarmed(d.spec, watch):
