@@ -1,7 +1,7 @@
-"""One controller tick over 1,000 rollouts of 5 metrics each, all of them due: the shipped Controller, on SQLite.
+"""One controller tick over 1,000 rollouts of 5 metrics each, all due: the shipped Controller, on SQLite.
 
 `build` makes the world (routes, rollouts ramping, a look of counts from two routers), `measure` times
-`Controller.tick()`. Traffic, engines and webhooks are outside it; everything a tick reads and writes is inside.
+`Controller.tick()`. Traffic, engines and webhooks are outside it; all that a tick reads and writes is inside.
 """
 
 from __future__ import annotations

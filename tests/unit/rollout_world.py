@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Engine
 
 from contracts.gates import Gate, GateReport, GateResult, Verdict
+from contracts.hooks import HookSpec
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import Artifact, EvalReport, ModelRecord
 from contracts.rollout import LedgerEntry, Phase, RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split, Upstream
+from serve.rollout.confirmer import Confirmer
 from serve.rollout.controller import Controller
 from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.rollout.simulate import ArmModel, draw_counts
+from serve.rollout.webhook import Reply
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
@@ -116,6 +122,16 @@ class Routers:
         self.traffic.append_ledger([entry])
 
 
+class Inline(Executor):
+    """Runs what is submitted at once, in the caller's thread: no test waits for a thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 class World:
     """A route with a teacher as its stable arm, and one rollout on it."""
 
@@ -130,6 +146,10 @@ class World:
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
         self.told: list[str] = []
+        self.reply = Reply(200, "")
+        """What confirming hooks answer."""
+        self.asked: list[tuple[str, str]] = []
+        """(hook, event id) of every question."""
         self.now = T0
         self.routers = Routers(self.traffic, **routers)  # type: ignore[arg-type]
         self.traffic.put_split(Split(route="support", version=1, salt="old", stable=TEACHER))
@@ -149,9 +169,15 @@ class World:
             self.deployer,
             on_promoted=lambda spec: self.told.append("promoted"),
             on_rolled_back=lambda spec: self.told.append("rolled_back"),
+            on_restored=lambda spec: self.told.append("restored"),
+            confirmer=Confirmer(self._answer, Inline()),
             holder=holder,
             clock=lambda: self.now,
         )
+
+    def _answer(self, hook: HookSpec, body: str, event: str, event_id: str, now: float) -> Reply:
+        self.asked.append((hook.label, event_id))
+        return self.reply
 
     @property
     def stored(self) -> StoredRollout:
