@@ -82,7 +82,9 @@ class Routers:
     traffic: TrafficState
     per_s: float = 30.0
     stable: ArmModel = STABLE
+    """How the upstream behaves that was stable before the rollout."""
     canary: ArmModel = GOOD
+    """How the student behaves."""
     seed: int = 0
     follow: bool = True
     """False: they keep acknowledging the version they first saw."""
@@ -99,8 +101,11 @@ class Routers:
             n = int(rng.poisson(self.per_s * seconds / 2))
             n_canary = int(rng.binomial(n, split.weight))
             if split.rollout_id is not None:
-                self._append(replica, split, "stable", draw_counts(rng, self.stable, n - n_canary), now)
-                self._append(replica, split, "canary", draw_counts(rng, self.canary, n_canary), now)
+                stable, canary = self.stable, self.canary
+                if split.window == "watch":  # the arms are swapped then, the models behind them are not
+                    stable, canary = canary, stable
+                self._append(replica, split, "stable", draw_counts(rng, stable, n - n_canary), now)
+                self._append(replica, split, "canary", draw_counts(rng, canary, n_canary), now)
             version = split.version if self.follow else 1
             report = RouterReport(replica=replica, versions={self.route: version}, in_flight=self.busy)
             self.traffic.report_router(report)
@@ -142,7 +147,8 @@ class World:
         state_url: str | None = None,
         **routers: object,
     ) -> None:
-        self.engine: Engine = open_state(state_url or f"sqlite:///{folder}/state.db")
+        self.state_url = state_url or f"sqlite:///{folder}/state.db"
+        self.engine: Engine = open_state(self.state_url)
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
         self.told: list[str] = []

@@ -163,7 +163,8 @@ class _Skewed:
 
 def test_a_sample_ratio_mismatch_holds_and_a_person_may_go_on(tmp_path: Path) -> None:
     """Half the canary's requests vanish: held with the shares, in status and audit; 'approve' goes on."""
-    world = gated(tmp_path, steps=(Step(weight=0.2, min_dwell_s=40), Step(weight=0.5)))
+    slow = (Step(weight=0.2, min_dwell_s=40), Step(weight=0.5, min_dwell_s=40))
+    world = gated(tmp_path, steps=slow)
     _Skewed(world)
     world.until(Phase.HELD)
     assert world.status.srm is Verdict.FAIL

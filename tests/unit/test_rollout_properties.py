@@ -66,7 +66,7 @@ def worlds(draw: st.DrawFn) -> tuple[float, ArmCounts, ArmCounts, str | None, st
 
 
 class Walk:
-    """One rollout through random ticks, with the split, the versions and the trail kept as the store would."""
+    """One rollout through random ticks, with the split and the trail kept as the store would."""
 
     def __init__(self, spec: RolloutSpec) -> None:
         self.spec, self.status, self.now = spec, initial(spec), T0

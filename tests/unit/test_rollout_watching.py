@@ -18,8 +18,9 @@ from serve.rollout.observation import SeenWindow
 from serve.rollout.policy import make_spec
 from serve.rollout.replay import replay
 from serve.rollout.rules.watching import swapped
+from serve.rollout.simulate import ArmModel
 from serve.rollout.start import _check_free
-from tests.unit.rollout_world import BROKEN, GOOD, STABLE, T0, TEACHER, World, demo_policy, record
+from tests.unit.rollout_world import BROKEN, T0, TEACHER, World, demo_policy, record
 
 QUICK = (Step(weight=0.5, min_samples=50),)
 
@@ -29,8 +30,6 @@ def watched(folder: Path, **changes: object) -> World:
     values: dict[str, object] = {"steps": QUICK, "watch_s": 200.0, "holdback": 0.2, "watch_arl": 1000.0}
     world = World(folder, demo_policy(**{**values, **changes}), per_s=60.0)
     assert world.until(Phase.WATCHING).phase is Phase.WATCHING
-    # From here on the split's canary is the former stable.
-    world.routers.stable, world.routers.canary = GOOD, STABLE
     return world
 
 
@@ -72,7 +71,7 @@ def test_late_harm_restores_the_former_champion(tmp_path: Path) -> None:
     world = watched(tmp_path)
     for _ in range(40):
         world.step()
-    world.routers.stable = BROKEN
+    world.routers.canary = BROKEN
     status = world.until(Phase.ROLLED_BACK)
     assert (status.phase, status.decision) == (Phase.ROLLED_BACK, "rolled_back")
     assert status.reason.startswith("after the promotion: late harm on quality: canary got")
@@ -87,7 +86,7 @@ def test_late_harm_restores_the_former_champion(tmp_path: Path) -> None:
 def test_harm_on_the_held_back_arm_is_not_the_students(tmp_path: Path) -> None:
     """GrowthBook #6020: with the arms mistaken, the *former stable* going bad would restore it."""
     world = watched(tmp_path)
-    world.routers.canary = BROKEN
+    world.routers.stable = BROKEN
     status = world.until(Phase.PROMOTED)
     assert status.phase is Phase.PROMOTED
     assert status.watch is not None
@@ -97,7 +96,7 @@ def test_harm_on_the_held_back_arm_is_not_the_students(tmp_path: Path) -> None:
 def test_the_kill_switch_works_in_the_watch(tmp_path: Path) -> None:
     """Half of the student's requests failing needs no detector, and the stable arm is the student."""
     world = watched(tmp_path, look_s=50.0, no_data_deadline_s=600.0)
-    world.routers.stable = BROKEN.__class__(errors=0.9)
+    world.routers.canary = ArmModel(errors=0.9)
     for _ in range(3):
         world.step()
     assert world.status.decision == "rolled_back"
