@@ -106,6 +106,20 @@ def test_scores_and_swapped_arms() -> None:
     assert (-swapped.high, -swapped.low) == pytest.approx((ours.low, ours.high), abs=0.02)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.lists(st.sampled_from([0, 0, 1, 5000]), min_size=21, max_size=21)] * 2),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_no_counts_break_an_interval(windows: list[tuple[list[int], list[int]]]) -> None:
+    """Empty, tiny, huge and lopsided windows: -1 <= low <= estimate <= high <= 1, never NaN."""
+    for low, estimate, high in sequences.difference(windows):
+        assert -1.0 - 1e-9 <= low <= estimate <= high <= 1.0 + 1e-9
+
+
 def test_without_data_everything_is_possible() -> None:
     """No counts, one arm only, no windows."""
     assert sequences.rate(0, 0) == (0.0, 0.5, 1.0)
