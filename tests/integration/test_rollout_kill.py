@@ -252,8 +252,9 @@ def trail(world: World) -> list[tuple[object, ...]]:
 
 
 def posts(folder: Path) -> list[str]:
-    """What webhooks heard, each message once, in the order in which it first came."""
-    return list(dict.fromkeys(line.split(" ", 1)[1] for line in (folder / "posts").read_text().splitlines()))
+    """What webhooks heard of the rollout, each message once, in the order in which it first came."""
+    lines = [line.split(" ", 1)[1] for line in (folder / "posts").read_text().splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.split(" ")[1].startswith("the-one.")))
 
 
 def effects(folder: Path) -> list[str]:

@@ -320,3 +320,16 @@ def test_splits_are_read_by_version_and_by_name(engine: Engine) -> None:
     traffic.put_split(split(2, 0.1))
     assert traffic.split_versions() == {"r": 2}
     assert traffic.get_splits([f"x{i}" for i in range(1200)] + ["r"]) == {"r": split(2, 0.1)}
+
+
+def test_hosts_whose_clocks_differ_agree_on_who_leads(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a database server its own clock decides: an hour's difference takes no lease away."""
+    state = RolloutState(open_state(postgres_url))
+    assert state.acquire_lease("c", "one", 30.0)
+    real = time.time
+    for off in (3600.0, -3600.0):
+        monkeypatch.setattr("serve.state.rollouts.time.time", lambda off=off: real() + off)
+        assert not state.acquire_lease("c", "two", 30.0)
+        assert state.acquire_lease("c", "one", 30.0)
