@@ -12,11 +12,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Engine
 
-from contracts.metrics import ArmCounts, MetricKind, MetricSpec
+from contracts.metrics import MetricKind, MetricSpec
 from contracts.model import Artifact, ModelRecord
 from contracts.rollout import LedgerEntry, Phase, Step
 from contracts.traffic import Split, Upstream
@@ -83,14 +84,10 @@ class TickWorld:
                             arm=arm,
                             split_version=versions[route],
                             at=self.clock.now,
-                            counts=self._counts(rng, size),
+                            counts=draw_counts(rng, ARM, size),
                         )
                     )
         traffic.append_ledger(entries)
-
-    @staticmethod
-    def _counts(rng: np.random.Generator, n: int) -> ArmCounts:
-        return draw_counts(rng, ARM, n)
 
 
 def build(folder: Path, rollouts: int = 1000) -> TickWorld:
@@ -98,7 +95,10 @@ def build(folder: Path, rollouts: int = 1000) -> TickWorld:
     engine = open_state(f"sqlite:///{folder}/state.db")
     state, traffic, clock = RolloutState(engine), TrafficState(engine), Clock()
     policy = RolloutPolicy(
-        steps=(Step(weight=0.1, min_samples=10**9),), metrics=METRICS, look_s=LOOK_S, drain_timeout_s=1.0
+        steps=(Step(weight=0.1, min_samples=10**9),),
+        metrics=METRICS,
+        look_s=LOOK_S,
+        alpha_harm=1e-9,  # of a thousand equal arms some would be thrown back, and the ticks get shorter
     )
     stable = Upstream(name="teacher", model="teacher", url="http://127.0.0.1:9000")
     ids = {}
@@ -121,32 +121,31 @@ def build(folder: Path, rollouts: int = 1000) -> TickWorld:
     return TickWorld(engine, controller, clock, ids, {})
 
 
-def measure(world: TickWorld, looks: int = 5) -> list[dict[str, float]]:
-    """Seconds of a tick in which every rollout looks, and of the tick after it in which none is due."""
+def measure(world: TickWorld, looks: int = 5) -> list[dict[str, Any]]:
+    """Seconds (wall, CPU) of a tick in which every rollout looks, and of the next, in which none is due."""
     rng, rows = np.random.default_rng(0), []
     for look in range(looks):
         world.serve(rng, LOOK_S, weight=0.1)
         world.clock.now += LOOK_S + 1.0
         due = _timed(world)
         idle = _timed(world)
-        rows.append({"look": look + 1, "rollouts": len(world.ids), "due_s": due, "idle_s": idle})
+        rows.append({"look": look + 1, "rollouts": len(world.ids), "due": due, "idle": idle})
     looked = [one.status.total_counts["canary"].n for one in RolloutState(world.engine).active()]
     assert len(looked) == len(world.ids), "a rollout ended in the middle of the measurement"
     assert min(looked) > 0, "a rollout was not looked at"
     return rows
 
 
-def restarted(world: TickWorld) -> float:
+def restarted(world: TickWorld) -> dict[str, float]:
     """Seconds of the first tick of another process: everything is read and parsed again."""
     fresh = Controller(world.engine, FakeDeployer(), holder="bench", clock=world.clock)
     return _timed(TickWorld(world.engine, fresh, world.clock, world.ids, world.seqs))
 
 
-def _timed(world: TickWorld) -> float:
+def _timed(world: TickWorld) -> dict[str, float]:
     began, cpu = time.perf_counter(), time.process_time()
     assert world.controller.tick()
-    print(time.perf_counter() - began, time.process_time() - cpu)
-    return max(time.perf_counter() - began, time.process_time() - cpu)
+    return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
 
 
 def main() -> None:
@@ -159,8 +158,8 @@ def main() -> None:
         world = build(Path(folder), options.rollouts)
         rows = measure(world, options.looks)
         first = restarted(world)
-    worst = max(row["due_s"] for row in rows)
-    print(json.dumps({"rows": rows, "worst_due_s": worst, "restarted_s": first}, indent=2))
+    worst = max(row["due"]["wall_s"] for row in rows)
+    print(json.dumps({"rows": rows, "worst_due_s": worst, "restarted": first}, indent=2))
 
 
 if __name__ == "__main__":

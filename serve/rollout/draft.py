@@ -60,6 +60,7 @@ class Draft:
             quarantine=self.quarantine,
             done_commands=tuple(c.id for c in self.seen.commands if ended or c.id in self.done),
             looked=self.looked,
+            family=self.family if self.looked else None,
             notes=tuple(self.notes),
         )
 

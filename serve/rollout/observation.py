@@ -15,6 +15,7 @@ from contracts.config import Record
 from contracts.metrics import PAIR, ArmCounts
 from contracts.rollout import RolloutStatus
 from contracts.traffic import Arm, Split
+from serve.rollout.stats.combine import Family
 
 
 class Asked(Record):
@@ -137,5 +138,7 @@ class Decision:
     done_commands: tuple[int, ...] = ()
     looked: bool = False
     """The windows were consumed."""
+    family: Family | None = None
+    """The evidence as it stood at the decision, where the decision looked at it."""
     notes: tuple[str, ...] = field(default=())
     """Sentences for the audit that are not the reason of a phase, e.g. a command that came too late."""

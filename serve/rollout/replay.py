@@ -15,7 +15,6 @@ import orjson
 
 from contracts.metrics import ArmCounts
 from contracts.rollout import RolloutSpec, RolloutStatus
-from serve.rollout import evidence
 from serve.rollout.decide import decide, initial, step_evidence
 from serve.rollout.metrics import decided
 from serve.rollout.observation import Decision, Observation
@@ -76,7 +75,7 @@ def audit_entries(
     after = decision.status
     bodies: list[tuple[str, dict[str, Any]]] = []
     if decision.looked:
-        bodies.append(("look", _evidence_body(spec, after)))
+        bodies.append(("look", _evidence_body(spec, decision)))
     if decided(before, after) or after.phase is not before.phase or decision.notes or not decision.looked:
         bodies.append(("transition", _transition_body(before, decision)))
     bodies[0][1]["observation"] = observation.model_dump(mode="json", exclude_defaults=True)
@@ -106,8 +105,9 @@ def replay(stored: StoredRollout, trail: list[AuditEntry]) -> Replayed:
     return Replayed(stored.spec.id, ticks, tuple(mismatches), status)
 
 
-def _evidence_body(spec: RolloutSpec, after: RolloutStatus) -> dict[str, Any]:
-    family = evidence.combine(spec, after.metrics)
+def _evidence_body(spec: RolloutSpec, decision: Decision) -> dict[str, Any]:
+    after, family = decision.status, decision.family
+    assert family is not None, "a look has its evidence with it"
     return {
         "phase": after.phase.value,
         "step": after.step,

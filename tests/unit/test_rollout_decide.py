@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from contracts.gates import Verdict
 from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts, MetricKind, MetricSpec, pass_fail
-from contracts.rollout import MetricStatus, Phase, RolloutSpec, RolloutStatus, Step
+from contracts.rollout import PHASE_SENTENCES, MetricStatus, Phase, RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split
 from serve.rollout import evidence, sentences
-from serve.rollout.decide import decide, initial, step_evidence
+from serve.rollout.decide import _RULES, decide, initial, step_evidence
 from serve.rollout.observation import Action, Asked, Observation, SeenWindow
 from serve.rollout.policy import make_spec
 from serve.rollout.simulate import ArmModel, World, simulate
@@ -272,3 +272,10 @@ def test_low_traffic_does_not_throw_a_healthy_student_back() -> None:
     for seed in range(5):
         found = simulate(of, World(per_s=0.05, stable=healthy, canary=healthy), seed, 6 * 3600)
         assert found.status.decision != "rolled_back"
+
+
+def test_every_phase_has_its_sentence_and_its_rules() -> None:
+    """Nobody adds a phase without saying what it means and what a tick does in it."""
+    assert set(PHASE_SENTENCES) == set(Phase)
+    assert {phase for phase in Phase if not phase.terminal} == set(_RULES)
+    assert all(len(sentence) > 20 for sentence in PHASE_SENTENCES.values())

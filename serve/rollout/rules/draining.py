@@ -6,7 +6,7 @@ from contracts.rollout import Phase, RolloutStatus
 from serve.rollout.draft import Draft
 from serve.rollout.observation import Action
 from serve.rollout.rules.budgets import said_error, spend
-from serve.rollout.rules.looking import add_totals
+from serve.rollout.rules.looking import totals
 
 
 def draining(d: Draft) -> None:
@@ -49,7 +49,7 @@ def _finish_when_drained(d: Draft) -> None:
 
 def _finish(d: Draft, actions: tuple[Action, ...], reason: str) -> None:
     if d.seen.windows and d.status.watch is None:
-        add_totals(d)
+        d.set(**totals(d))
     ends = {"promoted": Phase.PROMOTED, "rolled_back": Phase.ROLLED_BACK}
     d.actions = actions
     d.go(ends.get(d.status.decision or "", Phase.ABORTED), reason)

@@ -5,6 +5,7 @@ judged, in every phase that has a canary. Knows nothing about what lets a step b
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from contracts.gates import Verdict
 from contracts.metrics import PAIR, ArmCounts
@@ -28,26 +29,25 @@ def look(d: Draft) -> None:
         fresh = fresh or window.canary.n > 0
         if window.split_version == d.seen.split.version:
             step = plus(step, window)
-    metrics = evidence.read(d.spec, metrics, d.seen.queries)
     last = d.status.last_canary_at or d.seen.now
     # Time in which no controller was watching is not time without data.
     unwatched = max(0.0, d.seen.now - d.status.next_look_at - 2 * d.spec.look_s)
     d.set(
-        metrics=metrics,
+        metrics=evidence.read(d.spec, metrics, d.seen.queries),
         step_counts=step,
         last_canary_at=d.seen.now if fresh else last + unwatched,
         next_look_at=d.seen.now + d.spec.look_s,
+        **totals(d),
+        **_sample_ratio(d, step),
     )
-    add_totals(d)
-    _sample_ratio(d)
 
 
-def add_totals(d: Draft) -> None:
-    """Add the windows to the totals and move the cursor behind them."""
+def totals(d: Draft) -> dict[str, Any]:
+    """The windows added to the totals, and the cursor behind them."""
     total = dict(d.status.total_counts)
     for window in d.seen.windows:
         total = plus(total, window)
-    d.set(total_counts=total, cursor={**d.status.cursor, **d.seen.cursor})
+    return {"total_counts": total, "cursor": {**d.status.cursor, **d.seen.cursor}}
 
 
 def plus(counts: dict[str, ArmCounts], window: SeenWindow) -> dict[str, ArmCounts]:
@@ -93,16 +93,15 @@ def harm_or_silence(d: Draft) -> bool:
     return False
 
 
-def _sample_ratio(d: Draft) -> None:
+def _sample_ratio(d: Draft, step: dict[str, ArmCounts]) -> dict[str, Any]:
     """Does the canary get the share it was given? Latched within a step: the mismatch does not heal.
 
     Requests of one conversation are assigned together, so counts are divided by how many those usually are.
     """
     unit = d.spec.srm_unit_requests
-    counts = (d.status.step_counts.get(arm.value, ArmCounts()).n / unit for arm in (Arm.CANARY, Arm.STABLE))
-    block = srm.Block(d.status.weight, *counts)
-    if d.spec.srm is SrmRule.IGNORE or block.canary + block.other == 0 or block.share >= 1.0:
-        return
-    log_e = max(d.status.log_srm, srm.block_log_e(block))
+    canary, other = (step.get(arm.value, ArmCounts()).n / unit for arm in (Arm.CANARY, Arm.STABLE))
+    if d.spec.srm is SrmRule.IGNORE or canary + other == 0 or d.status.weight >= 1.0:
+        return {}
+    log_e = max(d.status.log_srm, srm.block_log_e(srm.Block(d.status.weight, canary, other)))
     shown = log_e >= math.log(1.0 / d.spec.alpha_srm)
-    d.set(log_srm=log_e, srm=Verdict.FAIL if shown else Verdict.PASS)
+    return {"log_srm": log_e, "srm": Verdict.FAIL if shown else Verdict.PASS}
