@@ -136,7 +136,7 @@ class World:
         path = self.folder / f"router-{len(self.routers)}.json"
         path.write_text(settings.model_dump_json())
         extra = ["--multiproc-dir", str(self.folder / "metrics")] if multiproc else []
-        router = Server("-m", "serve.router", "--config", str(path), "--port", "0", *extra)
+        router = Server("-m", "serve.router", "--config", str(path), "--port", "0", "--workers", "1", *extra)
         self.routers.append(router)
         wait_until("the router is ready", lambda: get(f"{router.url}/ready")[0] == 200)
         return router
