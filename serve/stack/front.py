@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from contracts.errors import ConfigError, EngineError, StateError
 from serve.config import ServeConfig
+from serve.router.names import is_here
 from serve.stack.balancer import SHOW, Places, RouterAddress, changes, configuration, error_files
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
@@ -43,7 +44,7 @@ _BACKLOG = 4096
 _SOCKET_S = 2.0
 _PAUSE_S = 1.0
 """Between two starts of one that ended by itself: whatever is wrong will still be wrong."""
-_START_S = 20.0
+_START_S = 60.0
 
 
 class Front:
@@ -93,7 +94,7 @@ class Front:
             time.sleep(_TICK_S)
 
     def check(self) -> None:
-        """Raises: EngineError when nobody looks after the two any more (they end with their thread)."""
+        """Raises: EngineError when nobody looks after the two any more; they end with their thread."""
         if not self._thread.is_alive() and not self._stop.is_set():
             raise EngineError(
                 "the thread that keeps the load balancers ended; see the supervisor's own messages."
@@ -118,12 +119,18 @@ class Front:
             routers = self._routers()
             for one in self._pair:
                 if not one.running:
-                    one.start(routers)
+                    self._start(one, routers)
                 elif look:
                     one.tell(routers)
             self._stop.wait(_TICK_S)
         for one in self._pair:
             one.end()
+
+    def _start(self, one: _Process, routers: list[RouterAddress]) -> None:
+        try:
+            one.start(routers)
+        except OSError as err:  # no process or no file to be had; the other one works on
+            _log.error("a load balancer could not be started, trying again: %s", err)
 
     def _look(self) -> None:
         """Ask the store who is there; while it does not answer those known before are."""
@@ -133,13 +140,9 @@ class Front:
             _log.warning("the front cannot ask for routers and keeps those it knows: %s", err)
 
     def _routers(self) -> list[RouterAddress]:
-        """Those that said where they listen and whose process lives."""
+        """Those that said where they listen and whose process lives here; hosts may share a store."""
         there = sorted(self._known.values(), key=lambda r: r.replica)
-        return [
-            RouterAddress.of(r.replica, r.address)
-            for r in there
-            if r.address is not None and r.pid is not None and psutil.pid_exists(r.pid)
-        ]
+        return [RouterAddress.of(r.replica, r.address) for r in there if r.address is not None and _lives(r)]
 
 
 class _Process:
@@ -156,10 +159,11 @@ class _Process:
         return self._process is not None and self._process.poll() is None
 
     def start(self, routers: list[RouterAddress]) -> None:
-        """Start it with these routers; one that ended by itself, and was not killed, has to wait a second."""
-        by_itself = self._process is not None and self._process.returncode >= 0
-        if by_itself and time.monotonic() < self._not_before:
+        """Start it with these routers; a killed one at once, one that ended by itself after a second."""
+        killed = self._process is not None and self._process.returncode < 0
+        if not killed and time.monotonic() < self._not_before:
             return
+        self._process, self._not_before = None, time.monotonic() + _PAUSE_S
         self._file.write_text(configuration(routers, self._places), encoding="utf-8")
         tied = [sys.executable, "-S", str(TIED), str(os.getpid())]
         command = [*tied, self._binary, "-db", "-f", str(self._file)]
@@ -172,7 +176,6 @@ class _Process:
                 pass_fds=[self._places.listener],
                 start_new_session=True,  # Ctrl-C is for the supervisor: streams end while the routers drain
             )
-        self._not_before = time.monotonic() + _PAUSE_S
 
     def tell(self, routers: list[RouterAddress]) -> None:
         """Bring its list of routers up to date; what it does not take now it is told again."""
@@ -204,6 +207,10 @@ class _Process:
             while part := connection.recv(65536):
                 parts.append(part)
         return b"".join(parts).decode()
+
+
+def _lives(router: RouterReport) -> bool:
+    return router.pid is not None and is_here(router.replica, router.pid) and psutil.pid_exists(router.pid)
 
 
 def _binary() -> str:

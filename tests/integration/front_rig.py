@@ -87,6 +87,13 @@ class FakeRouter:
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
 
+    @property
+    def replica(self) -> str:
+        """As routers name themselves."""
+        from serve.router.names import host_name
+
+        return f"{host_name()}-{self.process.pid}-{self.name}"
+
     def tell(self, path: str) -> None:
         """GET it, past the load balancers."""
         from tests.integration.router_rig import get
@@ -133,14 +140,13 @@ class FrontWorld:
         from serve.state.traffic import RouterReport
 
         for router in list(self.routers):
-            address = f"127.0.0.1:{router.port}"
-            report = RouterReport(replica=f"host/{router.name}", address=address, pid=router.process.pid)
-            self.state.report_router(report)
+            address, pid = f"127.0.0.1:{router.port}", router.process.pid
+            self.state.report_router(RouterReport(replica=router.replica, address=address, pid=pid))
 
     def leave(self, router: FakeRouter) -> None:
         """It takes itself off the list, as a router does at its end."""
         self.routers.remove(router)
-        self.state.drop_router(f"host/{router.name}")
+        self.state.drop_router(router.replica)
 
     def client(self, **options: Any) -> Any:
         """The official client."""
@@ -156,11 +162,11 @@ class FrontWorld:
 
     def known(self, name: str) -> list[str]:
         """The routers that a load balancer has in its list."""
-        return sorted(row[3] for row in self._rows(name))
+        return sorted(row[3].rpartition("-")[2] for row in self._rows(name))
 
     def leaving(self, name: str) -> list[str]:
         """Those of them that it gives nothing new to and keeps for what they still do."""
-        return sorted(row[3] for row in self._rows(name) if int(row[6]) & 1)
+        return sorted(row[3].rpartition("-")[2] for row in self._rows(name) if int(row[6]) & 1)
 
     def _rows(self, name: str) -> list[list[str]]:
         from serve.stack.balancer import SHOW

@@ -19,6 +19,7 @@ import pytest
 
 from serve.config import ServeConfig
 from serve.stack.processes import check_port_free
+from serve.state.traffic import RouterReport
 from tests.integration.front_rig import ROOT, FrontWorld, front_config
 from tests.integration.router_rig import get, wait_until
 
@@ -77,6 +78,7 @@ def test_either_or_both_killed_under_load_cost_no_request(front: FrontWorld) -> 
             thread.join(60)
     assert failed == []
     assert set(names) == {"one", "two"}
+    assert front.known("a") == front.known("b") == ["one", "two"]
 
 
 def test_who_connects_while_both_are_dead_is_answered(front: FrontWorld) -> None:
@@ -90,8 +92,8 @@ def test_who_connects_while_both_are_dead_is_answered(front: FrontWorld) -> None
 
 
 def test_a_draining_router_finishes_its_stream_and_gets_nothing_new(front: FrontWorld) -> None:
-    """A router that says it drains is asked no more; its stream goes on past the moment it leaves the list, and
-    only then is it deleted. A new router is asked."""
+    """A router that says it drains is asked no more; its stream goes on past the moment it leaves the list,
+    and only then is it deleted. A new router is asked."""
     client = front.client(max_retries=0)
     messages = [{"role": "user", "content": "hello"}]
     chunks = client.chat.completions.create(model="support", messages=messages, stream=True)
@@ -102,14 +104,11 @@ def test_a_draining_router_finishes_its_stream_and_gets_nothing_new(front: Front
     leaving.tell("/status/503")
     wait_until("only the other is asked", lambda: {front.ask(client) for _ in range(8)} == {other.name})
     front.leave(leaving)
-    gone = f"host_{leaving.name}"
-    wait_until("one of them still has it", lambda: gone in front.leaving("a") + front.leaving("b"))
+    wait_until("one of them still has it", lambda: name in front.leaving("a") + front.leaving("b"))
     assert {front.ask(client) for _ in range(8)} == {other.name}
     leaving.tell("/go")
     assert [c.choices[0].delta.content for c in chunks] == ["the end"]
-    wait_until(
-        "it is deleted", lambda: [front.known("a"), front.known("b")] == [[f"host_{other.name}"]] * 2, 30
-    )
+    wait_until("it is deleted", lambda: [front.known("a"), front.known("b")] == [[other.name]] * 2, 30)
     front.routers.append(leaving)
     leaving.tell("/status/200")
     wait_until("it is asked again", lambda: {front.ask(client) for _ in range(8)} == {"one", "two"})
@@ -120,14 +119,24 @@ def test_a_killed_router_is_forgotten_at_once(front: FrontWorld) -> None:
     client no request sent after that fails."""
     victim = front.routers.pop()
     victim.kill()
-    wait_until("both forgot it", lambda: [front.known("a"), front.known("b")] == [["host_one"]] * 2, 30)
+    wait_until("both forgot it", lambda: [front.known("a"), front.known("b")] == [["one"]] * 2, 30)
     client = front.client(max_retries=0)
     assert {front.ask(client) for _ in range(20)} == {"one"}
 
 
+def test_a_router_of_another_machine_is_not_asked(front: FrontWorld) -> None:
+    """Machines may share a state store: the address in a report is good on the machine it was written on, and
+    the process id as well."""
+    victim = front.routers[1]
+    report = RouterReport(replica=f"elsewhere-{os.getpid()}-x", address="127.0.0.1:1", pid=os.getpid())
+    front.state.report_router(report)
+    front.leave(victim)
+    wait_until("both were told", lambda: [front.known("a"), front.known("b")] == [["one"]] * 2, 30)
+
+
 def test_rays_own_haproxy_stands_in_and_its_404_is_never_seen(front: FrontWorld) -> None:
-    """Where no router reported itself the requests go through Ray's HAProxy; what that answers before it knows
-    its routes comes to the client as a 503 in OpenAI's shape, which its own retries survive."""
+    """Where no router reported itself the requests go through Ray's HAProxy; what that answers before it
+    knows its routes comes to the client as a 503 in OpenAI's shape, which its own retries survive."""
     for router in list(front.routers):
         front.leave(router)
     wait_until("no router is known", lambda: front.known("a") == front.known("b") == [])
