@@ -186,7 +186,7 @@ class FrontWorld:
                 continue
             for name in ("a", "b"):
                 config = str(self.config.ray_dir / "front" / f"{name}.cfg")
-                if "haproxy" in "".join(line[:1]) and config in line:
+                if config in line and Path(line[0]).name == "haproxy":
                     found[name] = process.pid
         return found
 

@@ -152,7 +152,8 @@ class LiveStack:
 
     def haproxy_pids(self) -> list[int]:
         """The pids of all HAProxy processes of the stack."""
-        return [p for p, name in self.processes().items() if "haproxy" in name.split(" ", 1)[0].lower()]
+        programs = {pid: name.split(" ", 1)[0] for pid, name in self.processes().items()}
+        return sorted(pid for pid, program in programs.items() if Path(program).name == "haproxy")
 
     def front_pids(self) -> list[int]:
         """The pids of the two in front of the routers."""
