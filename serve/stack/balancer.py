@@ -70,7 +70,6 @@ def configuration(routers: Iterable[RouterAddress], places: Places) -> str:
     stats socket {places.socket} mode 600 level admin
     maxconn 4096
     nbthread 1
-    log stderr format raw local0 notice
 defaults
     mode http
     timeout connect 5s
@@ -93,7 +92,6 @@ frontend public
     use_backend {BACKEND} if {{ nbsrv({BACKEND}) gt 0 }}
     default_backend ray
 backend {BACKEND}
-    log global
     option httpchk GET /-/healthz
     default-server {_CHECK}
 {servers}

@@ -1,4 +1,4 @@
-"""SIGKILL under load: an engine replica, a router, HAProxy, the controller in mid-ramp. Nobody notices."""
+"""SIGKILL under load: an engine replica, a router, HAProxys, the controller in mid-ramp. Nobody notices."""
 
 from __future__ import annotations
 
@@ -204,3 +204,5 @@ def test_a_killed_controller_resumes_the_ramp_and_promotes(stack: LiveStack) -> 
     assert (split.stable.name, split.canary, split.weight) == ("tiny-v1", None, 0.0)
     steps = [e.body for e in stack.rollouts.audit(started)]
     assert len(steps) >= status.ticks - 1
+    # The student's engine was deployed from the controller's process and must not count into its files.
+    assert "vllm:" not in stack.metrics()
