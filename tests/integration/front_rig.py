@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -82,7 +81,10 @@ class FakeRouter:
     def __init__(self, name: str) -> None:
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, name], stdout=subprocess.PIPE, text=True, env={**os.environ}
+            [sys.executable, __file__, name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a health check hangs up once it has the status
+            text=True,
         )
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
