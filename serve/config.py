@@ -30,6 +30,9 @@ class HttpSection(StrictConfig):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    haproxy_standby: bool = True
+    """Two HAProxy processes of the stack's own on this address, so that one may die at any time. Only with a
+    Ray of our own and its `haproxy`; a cluster has one on every node, and something in front of them."""
 
 
 class AdminSection(StrictConfig):
@@ -222,6 +225,11 @@ class ServeConfig(StrictConfig):
         fields["routes"] = self.router.routes or tuple(self.routes)
         fields["log"] = self.router.log or RequestLogConfig(dir=str(self.run_dir / "requests"))
         return RouterConfig(**fields)
+
+    @property
+    def own_front(self) -> bool:
+        """True when the public address is served by HAProxy processes of the stack's own."""
+        return self.http.haproxy_standby and self.ray.haproxy and self.ray.address is None
 
     @property
     def log_dir(self) -> Path:

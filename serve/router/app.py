@@ -187,6 +187,10 @@ class RouterApp:
         self._proxy = Proxy(config, intake, self._table, self._pools, self._client, self._metrics, accounts)
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 
+    def listens(self, address: str) -> None:
+        """To be called after `startup` by whoever made a server for this application, with its host:port."""
+        self._sync.listens(address)
+
     async def shutdown(self) -> None:
         """Finish what is running, then store all evidence and rows."""
         self._draining = True
