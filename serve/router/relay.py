@@ -20,7 +20,7 @@ from serve.router.client import Broken, ConnectFailed, Connection, HttpClient
 from serve.router.config import Timeouts
 from serve.router.errors import AttemptFailed, error_body, error_for
 from serve.router.exchange import Exchange
-from serve.router.guard import Cause, Guard
+from serve.router.guard import Cause, Guard, Source
 from serve.router.pool import Pools, Replica
 from serve.router.sse import StreamWatcher, watcher_of
 
@@ -151,6 +151,7 @@ class Relay:
         send: Send,
     ) -> None:
         between = self._between_s(ex)
+        source = guard.source
         while True:
             if events and self._keep_chunks:
                 ex.chunks.append(events)
@@ -158,6 +159,10 @@ class Relay:
                 break
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
+            if source is not None:
+                events = await self._pass_on(ex, connection, watcher, guard, source)
+                if events:
+                    continue
             data = await connection.read()
             guard.extend(between)
             if not data:
@@ -177,6 +182,35 @@ class Relay:
         self._ended(ex, outcome, connection.status)
         await send({"type": "http.response.body", "body": events})
         await _drain(connection)
+
+    async def _pass_on(
+        self, ex: Exchange, connection: Connection, watcher: StreamWatcher, guard: Guard, source: Source
+    ) -> bytes:
+        """Carry events over as they come, a callback each; returns the last ones, b"" when they are not here.
+
+        Most of a stream goes this way: waking this task for every token would cost as much as all the rest.
+        """
+        between = self._timeouts.between_chunks_s
+        keep = ex.chunks.append if self._keep_chunks else None
+        last = b""
+
+        def take(data: bytes) -> bool:
+            nonlocal last
+            guard.extend(between)
+            events = watcher.feed(data)
+            if watcher.done or watcher.error:
+                last = events
+                return False
+            if not events:
+                return True
+            if keep is not None:
+                keep(events)
+            return source.write(events)
+
+        await connection.pump(take)
+        if not last:
+            await source.drained()
+        return last
 
     async def break_stream(self, ex: Exchange, outcome: Outcome, why: str, guard: Guard, send: Send) -> None:
         """End a stream that has begun with an error event: never silence, never half an event."""

@@ -280,7 +280,9 @@ def test_odd_authorization_headers_are_401_and_leave_no_trace(
     path = world.folder / "debug.json"
     log = {"dir": str(world.folder / "log")}
     path.write_text(json.dumps({"state_url": world.state_url, "keys": True, "flush_s": 0.1, "log": log}))
-    router = Server("-m", "serve.router", "--config", str(path), "--port", "0", "--log-level", "debug")
+    router = Server(
+        "-m", "serve.router", "--config", str(path), "--port", "0", "--workers", "1", "--log-level", "debug"
+    )
     world.routers.append(router)
     key, secret = world.key("ci")
     off, off_secret = new_key("off", disabled=True)
