@@ -190,7 +190,7 @@ class Relay:
 
         Most of a stream goes this way: waking this task for every token would cost as much as all the rest.
         """
-        between = self._timeouts.between_chunks_s
+        between = self._between_s(ex)
         keep = ex.chunks.append if self._keep_chunks else None
         last = b""
 
