@@ -15,9 +15,10 @@ import orjson
 
 from contracts.traffic import Outcome, Upstream
 from serve.router.answer import parse_body
+from serve.router.bodies import dump
 from serve.router.client import Broken, ConnectFailed, Connection, HttpClient
 from serve.router.config import Timeouts
-from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
+from serve.router.errors import AttemptFailed, error_body, error_for
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Guard, Source
 from serve.router.pool import Pools, Replica
@@ -56,7 +57,8 @@ class Relay:
         """
         body = _upstream_body(ex, upstream)
         headers = self._head(ex, upstream)
-        guard.wait_for(Cause.FIRST_BYTE, self._timeouts.first_byte_s)
+        own = ex.route.settings.timeouts
+        guard.wait_for(Cause.FIRST_BYTE, own.first_byte_s or self._timeouts.first_byte_s)
         replica.in_flight += 1
         connection: Connection | None = None
         try:
@@ -118,7 +120,7 @@ class Relay:
         now = time.perf_counter()
         ex.ttft_s = now - ex.started
         ex.streamed = True
-        guard.wait_for(Cause.BETWEEN, self._timeouts.between_chunks_s)
+        guard.wait_for(Cause.BETWEEN, self._between_s(ex))
         await send(_start(ex, connection.status, connection.content_type, connection, None))
         try:
             await self._events(ex, connection, watcher, first, guard, send)
@@ -148,7 +150,7 @@ class Relay:
         guard: Guard,
         send: Send,
     ) -> None:
-        between = self._timeouts.between_chunks_s
+        between = self._between_s(ex)
         source = guard.source
         while True:
             if events and self._keep_chunks:
@@ -188,7 +190,7 @@ class Relay:
 
         Most of a stream goes this way: waking this task for every token would cost as much as all the rest.
         """
-        between = self._timeouts.between_chunks_s
+        between = self._between_s(ex)
         keep = ex.chunks.append if self._keep_chunks else None
         last = b""
 
@@ -218,6 +220,9 @@ class Relay:
         ex.take_usage(ex.watcher.usage)
         self._ended(ex, outcome, 200)
         await send({"type": "http.response.body", "body": ex.watcher.failure(why, outcome.value)})
+
+    def _between_s(self, ex: Exchange) -> float:
+        return ex.route.settings.timeouts.between_chunks_s or self._timeouts.between_chunks_s
 
     def _head(self, ex: Exchange, upstream: Upstream) -> bytes:
         accept = b"text/event-stream" if ex.stream else b"application/json"
@@ -256,10 +261,7 @@ def _upstream_body(ex: Exchange, upstream: Upstream) -> bytes:
         body[ex.cap[0]] = ex.cap[1]
     if _asks_usage_itself(ex):
         body["stream_options"] = {**(ex.body.get("stream_options") or {}), "include_usage": True}
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError as err:  # parsed, but deeper than the writer goes
-        raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
+    return dump(body)
 
 
 def _start(
@@ -269,9 +271,11 @@ def _start(
         (b"content-type", content_type),
         (b"x-request-id", ex.request_id.encode()),
         *ex.route.headers(ex.assignment.arm, ex.served),
+        *ex.limits,
     ]
     for name, value in connection.headers:
-        if name in _PASSED_BACK or name.startswith(b"x-ratelimit-"):
+        # With limits of its own a client is not told those of our key at the upstream, under the same names.
+        if name in _PASSED_BACK or (not ex.limits and name.startswith(b"x-ratelimit-")):
             headers.append((name, value))
     if length is not None:
         headers.append((b"content-length", str(length).encode()))

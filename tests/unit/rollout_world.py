@@ -119,8 +119,14 @@ class Routers:
 class World:
     """A route with a teacher as its stable arm, and one rollout on it."""
 
-    def __init__(self, folder: Path, policy: RolloutPolicy | None = None, **routers: object) -> None:
-        self.engine: Engine = open_state(f"sqlite:///{folder}/state.db")
+    def __init__(
+        self,
+        folder: Path,
+        policy: RolloutPolicy | None = None,
+        state_url: str | None = None,
+        **routers: object,
+    ) -> None:
+        self.engine: Engine = open_state(state_url or f"sqlite:///{folder}/state.db")
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
         self.told: list[str] = []

@@ -135,11 +135,13 @@ def test_malformed_lines_are_counted_and_named(tmp_path: Path) -> None:
 def test_the_latest_answer_of_equal_requests_stays() -> None:
     """A teacher that was replaced must not speak through old logs; a real answer beats a missing one."""
     samples = [
-        {"sample_digest": "d", "answer": "old", "ts": 1.0, "request_id": "a"},
-        {"sample_digest": "d", "answer": "new", "ts": 2.0, "request_id": "b"},
-        {"sample_digest": "d", "answer": None, "ts": 3.0, "request_id": "c"},
+        {"sample_digest": "d", "answer": "old", "ts": 1.0, "request_id": "a", "corrected": False},
+        {"sample_digest": "d", "answer": "new", "ts": 2.0, "request_id": "b", "corrected": False},
+        {"sample_digest": "d", "answer": None, "ts": 3.0, "request_id": "c", "corrected": False},
     ]
     assert [s["answer"] for s in drop_exact(samples)] == ["new"]
+    samples[0]["corrected"] = True
+    assert [s["answer"] for s in drop_exact(samples)] == ["old"]
     assert drop_exact(samples[::-1]) == drop_exact(samples)
 
 
@@ -316,14 +318,6 @@ def test_rows_without_texts_are_counted_and_redacted_ones_are_used(tmp_path: Pat
     result, rows = collect(tmp_path, lines, validation=0, calibration=0)
     assert result.counts["texts_not_logged"] == 1
     assert {r["text"] for r in rows["train"]} == {"question two of [email]", "question three here"}
-
-
-def test_feedback_beside_the_log_is_no_row(tmp_path: Path) -> None:
-    """Segments of judgements lie in the same folder and are not read as malformed requests."""
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "feedback-1.jsonl").write_text('{"id": "f"}\n')
-    result, _ = collect(tmp_path, [json.dumps(log_row(1, chat("x")))], validation=0, calibration=0)
-    assert (result.counts["segments"], result.counts["read"], result.counts["train"]) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("url", ["file://{}", "memory://collect/log"])

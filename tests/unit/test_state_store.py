@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 
 from contracts.errors import ConflictError, NotFoundError, StateError
 from contracts.metrics import ArmCounts
@@ -16,15 +17,9 @@ from contracts.traffic import Split
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.state.rollouts import AuditEntry, RolloutState
-from serve.state.tables import open_state, schema_table
+from serve.state.tables import SCHEMA_VERSION, open_state, schema_table
 from serve.state.traffic import RouterReport, TrafficState
 from tests.unit.rollout_world import T0, TEACHER, record
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    """An empty store."""
-    return open_state(f"sqlite:///{tmp_path}/deep/er/state.db")
 
 
 def split(version: int, weight: float = 0.0) -> Split:
@@ -215,10 +210,34 @@ def test_a_store_of_another_release_is_refused(engine: Engine) -> None:
     with engine.begin() as db:
         db.execute(update(schema_table).values(version=99))
     with pytest.raises(StateError, match="schema version 99"):
-        open_state(str(engine.url))
+        open_state(engine.url.render_as_string(hide_password=False))
+
+
+def test_processes_that_open_an_empty_store_at_once_all_succeed(state_url: str) -> None:
+    """Routers, controller and admin API start together: each creates what is missing, none fails on it."""
+    go = threading.Barrier(6)
+
+    def open_it(_: int) -> int | None:
+        go.wait()
+        with open_state(state_url).connect() as db:
+            return db.execute(select(schema_table.c.version)).scalar_one()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(open_it, range(6))) == [SCHEMA_VERSION] * 6
 
 
 def test_an_unreachable_store_says_what_to_check() -> None:
     """A wrong URL is a StateError with the URL in it."""
     with pytest.raises(StateError, match="cannot be opened"):
         open_state("sqlite:////proc/nowhere/state.db")
+
+
+def test_the_password_of_a_store_is_in_no_error() -> None:
+    """State URLs carry passwords; errors end in logs."""
+    secret = "-".join(("s3", "cr3t"))
+    with pytest.raises(StateError, match=r"psycopg://me:\*\*\*@127.0.0.1:9/x") as refused:
+        open_state(f"postgresql+psycopg://me:{secret}@127.0.0.1:9/x")
+    assert secret not in "".join(traceback.format_exception(refused.value))
+    with pytest.raises(StateError, match="is no database URL") as refused:
+        open_state(f"//me:{secret}@host")
+    assert secret not in "".join(traceback.format_exception(refused.value))
