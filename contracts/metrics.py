@@ -179,7 +179,7 @@ class ArmCounts(Record):
 
 
 def bucket_quantile(buckets: tuple[int, ...], q: float) -> float | None:
-    """Upper edge in seconds of the bucket that a quantile falls in; None without counts or in the overflow."""
+    """Upper edge in seconds of a quantile's bucket; None without counts, or when it is the overflow."""
     left = q * sum(buckets)
     if left <= 0:
         return None

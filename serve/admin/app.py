@@ -1,4 +1,4 @@
-"""The admin API as one application: keys, routes, rollouts, the stack, all behind an admin key; and its console.
+"""The admin API as one application: keys, routes, rollouts, the stack behind an admin key, and the console.
 
 Talks to the state store only; routers learn of every change through their polls. Knows nothing about how it
 is hosted.
@@ -21,7 +21,7 @@ from serve.admin.rollouts import rollout_router
 from serve.admin.routes import route_router
 from serve.state.keys import KeyState
 
-_ABOUT = "Keys, routes, upstreams and rollouts of one Stillhouse. Every request needs an admin key as a bearer token."
+_ABOUT = "Keys, routes and rollouts of one Stillhouse. Every request needs an admin key as a bearer token."
 
 
 class AdminApp(FastAPI):

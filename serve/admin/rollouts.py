@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from contracts.commands import VERBS, allowed, check_verb
 from contracts.config import Record
 from contracts.gates import Verdict
-from contracts.metrics import GRADE, GRADED_KINDS, ArmCounts, MetricKind, MetricSpec, bucket_quantile
+from contracts.metrics import GRADED_KINDS, ArmCounts, MetricKind, MetricSpec, bucket_quantile
 from contracts.rollout import PHASE_SENTENCES, MetricStatus, Phase, RolloutSpec
 from contracts.traffic import NAME, Upstream
 from serve.state.look import AuditLine, RolloutPages
@@ -117,7 +117,7 @@ class RolloutView(RolloutLine):
     arms: dict[str, ArmView]
     metrics: list[MetricView]
     thresholds: dict[str, Any] | None
-    """Logs of the e-values that decide (`step_evidence`: the e-value itself), of the last look; null before it."""
+    """Logs of the e-values that decide (`step_evidence`: no log), as of the last look; null before it."""
     log_mean_harm: float | None
     looks: list[LookView]
     """Evidence over time, the oldest first."""
@@ -185,7 +185,7 @@ class Rollouts:
         stored = self._state.get(rollout_id)
         looks = self._pages.audit(rollout_id, "look", limit=LOOKS)
         last = looks[0].body if looks else {}
-        verbs = [VerbView(verb=v, effect=VERBS[v].effect, danger=VERBS[v].danger) for v in _fitting(stored)]
+        verbs = [VerbView(verb=v, **VERBS[v].model_dump(exclude={"phases"})) for v in allowed(stored.status)]
         status = stored.status
         return RolloutView(
             **dict(line(stored)),
@@ -271,14 +271,10 @@ def line(stored: StoredRollout) -> RolloutLine:
     )
 
 
-def _fitting(stored: StoredRollout) -> list[str]:
-    return allowed(stored.status)
-
-
 def _metrics(stored: StoredRollout) -> list[MetricView]:
     found = {m.name: m for m in stored.status.metrics}
     unseen = [MetricStatus(name=m.key, kind=m.kind) for m in stored.spec.metrics if m.key not in found]
-    known = {**found, **{m.name: m for m in unseen}}
+    known = found | {m.name: m for m in unseen}
     fields = ("name", "log_harm", "log_noninferior", "verdict")
     return [
         MetricView(spec=spec, **{f: getattr(known[spec.key], f) for f in fields})
@@ -288,10 +284,7 @@ def _metrics(stored: StoredRollout) -> list[MetricView]:
 
 def _arm(counts: ArmCounts, spec: RolloutSpec) -> ArmView:
     pass_at = {m.grader: m.pass_at for m in spec.metrics if m.kind is MetricKind.QUALITY}
-    asked = {m.grader: None for m in spec.metrics if m.kind in GRADED_KINDS}
-    graders = [
-        g for g in {**asked, **dict.fromkeys(counts.scores), GRADE: None} if counts.graded(g) or g in asked
-    ]
+    graders = dict.fromkeys((*(m.grader for m in spec.metrics if m.kind in GRADED_KINDS), *counts.scores))
     return ArmView(
         n=counts.n,
         errors=counts.errors,
