@@ -33,7 +33,7 @@ Find = Callable[[str], ApiKey | None]
 
 
 class AdminOnly:
-    """ASGI middleware. `find`: digest → key, None only on loopback for `--insecure`; `open_paths` need none."""
+    """ASGI middleware. `find`: digest → key; None only on loopback, for `--insecure`."""
 
     def __init__(self, app: ASGIApp, find: Find | None, open_paths: frozenset[str]) -> None:
         self._app = app
