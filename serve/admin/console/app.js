@@ -14,6 +14,7 @@ const HIDDEN_MS = 5000;
 const MOST_BACKOFF_MS = 5000;
 const PAGE = 30;
 const TOAST_MS = 7000;
+const MOST_TOASTS = 4;
 const find = (id) => document.getElementById(id);
 
 const fresh = () => ({
@@ -205,7 +206,9 @@ function drawConnection() {
 
 function toast(text, kind = "info") {
   const shown = h("div", { class: `toast ${kind}` }, text);
-  find("toasts").append(shown);
+  const list = find("toasts");
+  list.append(shown);
+  if (list.children.length > MOST_TOASTS) list.firstChild.remove();
   setTimeout(() => shown.remove(), TOAST_MS);
 }
 

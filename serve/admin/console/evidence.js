@@ -75,21 +75,19 @@ function together(rollout, at) {
 function test(kind, label, log, at, needed) {
   const known = at !== null && at !== undefined;
   const value = evalue(log);
-  const said = known ? `e = ${value} of ${evalue(at)}` : `e = ${value}; its threshold comes with the first look`;
+  const said = known ? `e = ${value} of ${evalue(at)}` : `e = ${value}, its threshold comes with the first look`;
   return h(
     "div",
     { class: `test ${kind}` },
-    h("div", { class: "test-label" }, h("span", {}, label), h("span", { class: "number" }, said)),
+    h("div", { class: "test-label" }, h("span", {}, label), h("span", { class: "number" }, known ? `e = ${value}` : said)),
     known ? bar(label, log ?? 0, at, needed, said) : h("div", { class: "track" }),
   );
 }
 
 function bar(label, log, at, needed, said) {
   const place = (x) => `${Math.min(100, Math.max(0, (AT * x) / at))}%`;
-  const decades = [];
-  for (let e = 1; e * Math.LN10 < at * 0.97; e += 1) decades.push(e);
   const stepMark = needed !== null && needed < at ? h("span", { class: "mark step", style: { left: place(needed) } }) : null;
-  return h(
+  const track = h(
     "div",
     {
       class: log >= at ? "track reached" : "track",
@@ -102,14 +100,27 @@ function bar(label, log, at, needed, said) {
     },
     h("div", { class: "zone", style: { left: `${AT}%` } }),
     h("div", { class: "fill", style: { width: place(log) } }),
-    decades.map((e) => h("span", { class: "tick", style: { left: place(e * Math.LN10) } }, `10${power(e)}`)),
     stepMark,
     h("span", { class: "mark", style: { left: `${AT}%` } }),
   );
+  return [track, scale(at, place, stepMark ? needed : null)];
 }
 
-function power(n) {
-  return String(n).replace(/\d/g, (d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]);
+/** The numbers under a bar: powers of ten, what the step needs, and the e-value that decides. */
+function scale(at, place, needed) {
+  const marks = [[0, "1"]];
+  for (let e = 1; e * Math.LN10 < at; e += 1) marks.push([e * Math.LN10, e < 4 ? String(10 ** e) : `1e+${e}`]);
+  const room = 0.09 * at; // Numbers that would touch the ones that matter are left out.
+  const matter = [at, ...(needed === null ? [] : [needed])];
+  const shown = marks.filter(([x]) => matter.every((m) => Math.abs(m - x) > room));
+  const number = (x, text, kind) => h("span", { class: kind, style: { left: place(x) } }, text);
+  return h(
+    "div",
+    { class: "scale", "aria-hidden": "true" },
+    shown.map(([x, text]) => number(x, text, x ? "" : "first")),
+    needed === null ? null : number(needed, `step ${evalue(needed)}`, "matters"),
+    number(at, evalue(at), "matters"),
+  );
 }
 
 /** Both tests over the looks, each as a share of what decides; the dashed line is the decision. */
@@ -151,12 +162,12 @@ export function progress(rollout, now) {
     ["canary requests", rollout.step_canary_requests, step.min_samples, (v) => `${v}`],
     ["time in the step", now - rollout.step_since, step.min_dwell_s, (v) => `${Math.max(0, Math.round(v))} s`],
   ];
-  if (needed) rows.push(["weakest no-worse e-value", weakest, Math.log(needed), (v) => evalue(v)]);
+  if (needed > 1) rows.push(["weakest no-worse e-value", weakest, Math.log(needed), (v) => evalue(v)]);
   return h(
     "div",
     { class: "conditions" },
     h("p", { class: "muted small" }, `To leave step ${rollout.step + 1} of ${rollout.steps.length} (${percent(step.weight)}):`),
-    h("ul", {}, rows.map(([name, have, need, show]) => condition(name, have, need, show))),
+    h("ul", {}, rows.filter(([, , need]) => need > 0).map(([name, have, need, show]) => condition(name, have, need, show))),
   );
 }
 

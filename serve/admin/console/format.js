@@ -21,7 +21,7 @@ export function evalue(log) {
   if (Math.abs(log) > 600) return `1e${log > 0 ? "+" : "−"}${Math.abs(log / Math.LN10).toFixed(0)}`;
   const value = Math.exp(log);
   if (value >= 10_000 || value < 0.01) return value.toExponential(1).replace("-", "−");
-  return value >= 100 ? value.toFixed(0) : value >= 1 ? value.toFixed(1) : value.toFixed(2);
+  return String(Number(value.toFixed(value >= 100 ? 0 : value >= 1 ? 1 : 2)));
 }
 
 /** Seconds of latency: "40 ms", "1.5 s". */

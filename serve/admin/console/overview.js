@@ -18,7 +18,7 @@ export function overviewView({ overview, search, all, now }) {
     h(
       "section",
       { "aria-labelledby": "running", "data-key": "running" },
-      h("h2", { id: "running" }, "Rollouts that run"),
+      h("h2", { id: "running" }, "Running rollouts"),
       overview.rollouts.length ? h("div", { class: "cards" }, overview.rollouts.map((r) => rolloutCard(r, now))) : noRollout(),
     ),
     routes(overview, search, all),
@@ -83,8 +83,8 @@ function routes(overview, search, all) {
         "div",
         { class: "search" },
         h("label", { for: "search", class: "sr" }, "Search routes"),
-        h("input", { id: "search", type: "search", value: search, placeholder: "Search routes, upstreams, aliases", autocomplete: "off", spellcheck: "false" }),
         h("span", { class: "muted small", role: "status" }, wanted ? `${found.length} of ${overview.routes.length}` : ""),
+        h("input", { id: "search", type: "search", value: search, placeholder: "Search routes, upstreams, aliases", autocomplete: "off", spellcheck: "false" }),
       ),
     ),
     h("div", { class: "card flush", "data-key": "list" }, routeList(overview, shown, wanted, phases)),
@@ -113,17 +113,20 @@ function routeRow(r, phases) {
     r.canary ? [" ", h("span", { class: "arm canary" }, `${r.canary} ${percent(r.weight)}`)] : null,
     r.shadow ? [" ", h("span", { class: "muted small" }, `shadow ${r.shadow}`)] : null,
   ];
-  const load = Object.entries(r.in_flight).map(([, n]) => n);
   return {
     key: r.route,
     cells: [
       h("div", { class: "stack" }, h("span", { class: "name" }, r.route), aliases),
       h("div", { class: "stack split" }, weightBar(r), h("span", { class: "small" }, names)),
-      load.map(count).join(" + ") || "0",
+      h("span", { class: "loads" }, load(r, r.stable, "stable"), r.canary ? load(r, r.canary, "canary") : null),
       agreement(r),
-      running ? rolloutLink(running.id, chip(running.phase)) : h("a", { class: "muted small", href: `#/history?route=${encodeURIComponent(r.route)}` }, "past ones"),
+      running ? rolloutLink(running.id, chip(running.phase)) : h("a", { class: "muted small", href: `#/history?route=${encodeURIComponent(r.route)}` }, "history"),
     ],
   };
+}
+
+function load(r, upstream, arm) {
+  return h("span", { class: `arm ${arm}` }, h("span", { class: "sr" }, `${arm} `), count(r.in_flight[upstream] ?? 0));
 }
 
 function agreement(r) {

@@ -92,7 +92,9 @@ function ramp(rollout, now, controller) {
     h(
       "p",
       { class: "facts-line muted" },
-      h("span", {}, `canary weight ${percent(rollout.weight)}`),
+      rollout.decision
+        ? h("span", {}, `highest canary weight ${percent(rollout.max_weight)}`)
+        : h("span", {}, `canary weight ${percent(rollout.weight)}`),
       h("span", {}, "in this phase for ", ago(rollout.phase_since, now)),
       look ? h("span", {}, look) : null,
     ),
@@ -102,7 +104,7 @@ function ramp(rollout, now, controller) {
 
 function legend(rollout) {
   const first = rollout.thresholds
-    ? "Bars are e-values on a log scale, from 1 to the one that decides. The thin mark is what this step needs."
+    ? "Bars are e-values on a log scale, from 1 to the one that decides. Below 1 nothing speaks for it."
     : "Nothing was looked at yet: evidence comes with the first look at live traffic.";
   return h("p", { class: "muted small" }, first);
 }
