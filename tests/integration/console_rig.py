@@ -1,6 +1,6 @@
-"""A console to look at: a real admin process over a real store, a real controller, simulated routers and a browser.
+"""A console to look at: a real admin process and controller over a real store, simulated routers, a browser.
 
-The routers' traffic is drawn, everything that decides is shipped code. One Chromium serves all tests of a file.
+The routers' traffic is drawn; everything that decides is shipped code. One Chromium serves all tests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ BIG = Upstream(name="big-teacher", model="big", url="http://127.0.0.1:9")
 def slow_policy(**changes: object) -> RolloutPolicy:
     """A ramp whose second step is not left within any test."""
     values: dict[str, object] = {
-        "steps": (Step(weight=0.05, min_dwell_s=1, evidence=0.0), Step(weight=0.2, min_dwell_s=3600), Step(weight=0.5)),
+        "steps": (
+            Step(weight=0.05, min_dwell_s=1, evidence=0.0),
+            Step(weight=0.2, min_dwell_s=3600),
+            Step(weight=0.5),
+        ),
         "metrics": (
             MetricSpec(kind=MetricKind.ERRORS, margin=0.03),
             MetricSpec(kind=MetricKind.QUALITY, margin=0.06, tolerance=0.03),
@@ -91,7 +95,13 @@ class Stack:
         """A route."""
         self.traffic.put_split(Split(route=name, version=1, salt="x", stable=stable, **changes))  # type: ignore[arg-type]
 
-    def start(self, route: str, policy: RolloutPolicy | None = None, model: ModelRecord | None = None, **changes: object) -> RolloutSpec:
+    def start(
+        self,
+        route: str,
+        policy: RolloutPolicy | None = None,
+        model: ModelRecord | None = None,
+        **changes: object,
+    ) -> RolloutSpec:
         """Ask for a rollout."""
         spec = make_spec(policy or slow_policy(), route, model or record(), by="ann")
         spec = spec.model_copy(update=changes)
