@@ -62,7 +62,7 @@ def slow_policy(**changes: object) -> RolloutPolicy:
     return RolloutPolicy(**{**values, **changes})  # type: ignore[arg-type]
 
 
-class Stack:
+class ConsoleStack:
     """A state store with routes, two routers and a controller that tick in a thread, and an admin process."""
 
     def __init__(self, folder: Path) -> None:
@@ -87,9 +87,9 @@ class Stack:
         """Where the page is."""
         return f"{self.admin.url}/console"
 
-    def start_admin(self, port: int) -> Server:
+    def start_admin(self, port: int, *flags: str) -> Server:
         """The admin process on a port (0: a free one)."""
-        return Server("-m", "serve.admin", "--config", str(self._config), "--port", str(port))
+        return Server("-m", "serve.admin", "--config", str(self._config), "--port", str(port), *flags)
 
     def route(self, name: str, stable: Upstream = BIG, **changes: object) -> None:
         """A route."""
@@ -166,18 +166,33 @@ def chromium() -> Iterator[Browser]:
 class Watched:
     """A page, and everything it said and asked for."""
 
-    def __init__(self, page: Page) -> None:
-        self.page = page
+    def __init__(self, page: Page, stack: ConsoleStack) -> None:
+        self.page, self._stack = page, stack
         self.said: list[str] = []
         self.asked: list[str] = []
+        self.refusals_expected = False
+        """True in tests in which the server is away or refuses; Chromium reports each such reply."""
         page.on("console", lambda m: self.said.append(f"{m.type}: {m.text}"))
         page.on("pageerror", lambda e: self.said.append(f"error: {e}"))
         page.on("request", lambda r: self.asked.append(r.url))
 
-    def log_in(self, stack: Stack) -> Page:
+    def open(self, path: str = "") -> Page:
+        """The page, not logged in; `path` as in '#/history'."""
+        self.page.goto(self._stack.console + path)
+        return self.page
+
+    def log_in(self, path: str = "") -> Page:
         """Through the form."""
-        self.page.goto(stack.console)
-        self.page.get_by_label("Admin key").fill(stack.key)
+        self.open(path)
+        self.page.get_by_label("Admin key").fill(self._stack.key)
         self.page.get_by_role("button", name="Log in").click()
         self.page.get_by_role("navigation", name="Views").wait_for()
         return self.page
+
+    def check(self) -> None:
+        """Nothing was complained about, and nobody else was asked."""
+        said = [s for s in self.said if not (self.refusals_expected and "Failed to load resource" in s)]
+        assert said == []
+        assert self.asked
+        assert [u for u in self.asked if not u.startswith(f"{self._stack.admin.url}/")] == []
+        assert [u for u in self.asked if self._stack.key in u] == []

@@ -325,7 +325,7 @@ def test_events_answer_304_until_something_changed(world: World, admin: TestClie
 
 
 def test_events_say_which_routers_have_taken_a_split_over(world: World, admin: TestClient) -> None:
-    """Agreement is by route and version, load by upstream; a router that does not know a route counts as 0."""
+    """Agreement is by route and version, load by upstream; one that does not know a route counts as 0."""
     world.traffic.put_split(Split(route="other", version=1, salt="x", stable=TEACHER))
     world.routers.busy = {"teacher": 2}
     world.until(Phase.RAMPING)

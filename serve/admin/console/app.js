@@ -19,7 +19,8 @@ const find = (id) => document.getElementById(id);
 
 const fresh = () => ({
   overview: null, tag: null, search: "", all: false, rollout: null, history: null,
-  trail: { entries: [], more: false, looks: false }, freshAt: 0, failure: null, failures: 0,
+  trail: { entries: [], more: false, looks: false }, freshAt: 0, failure: null, failures: 0, missing: null,
+  arrived: false,
 });
 let state = fresh();
 let offset = 0; // Server's clock minus ours, in seconds.
@@ -53,8 +54,8 @@ function go() {
   state.history = null;
   state.missing = null;
   state.trail = { entries: [], more: false, looks: state.trail.looks };
+  state.arrived = true;
   draw();
-  find("title")?.focus();
   window.scrollTo(0, 0);
   refresh().catch(fail);
 }
@@ -172,9 +173,19 @@ function draw() {
   drawConnection();
   const root = h("div", {}, inside ? view(at) : null);
   if (root.firstChild?.dataset) root.firstChild.dataset.key = location.hash.split("?")[0] || "#/";
+  const inView = find("view").contains(document.activeElement);
   morphChildren(find("view"), root);
+  keepFocus(inView);
   const where = { overview: "Overview", history: "History", rollout: state.rollout?.route ?? "Rollout" }[at.view];
   document.title = `${inside ? where : "Log in"} · Stillhouse console`;
+}
+
+/** A new view, or one whose focused button is gone, is read from its heading on. */
+function keepFocus(inView) {
+  const title = find("title");
+  if (!title || !(state.arrived || (inView && document.activeElement === document.body))) return;
+  state.arrived = false;
+  title.focus({ preventScroll: true });
 }
 
 function view(at) {
@@ -330,7 +341,7 @@ function start() {
 
 document.addEventListener("click", (event) => {
   const target = event.target.closest("[data-act]");
-  if (target && !target.disabled) ACTIONS[target.dataset.act]?.(target);
+  if (target && target.getAttribute("aria-disabled") !== "true") ACTIONS[target.dataset.act]?.(target);
 });
 document.addEventListener("input", (event) => {
   if (event.target.id !== "search") return;

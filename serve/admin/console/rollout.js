@@ -71,7 +71,9 @@ function verbs(rollout, online) {
         {
           type: "button", "data-key": v.verb, "data-act": "ask", "data-verb": v.verb,
           class: v.danger ? (v.verb === "abort" ? "danger-line" : "strong") : "",
-          "aria-haspopup": "dialog", disabled: !online || pending.has(v.verb), title: v.effect,
+          "aria-haspopup": "dialog", title: v.effect,
+          // Not `disabled`: that would take the focus away from whoever is on it.
+          "aria-disabled": !online || pending.has(v.verb) ? "true" : null,
         },
         words(v.verb),
       ),
