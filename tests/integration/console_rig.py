@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import ModelRecord
@@ -30,7 +30,7 @@ from serve.state.keys import KeyState, new_key
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
-from tests.integration.router_rig import Server
+from tests.integration.router_rig import Server, wait_until
 from tests.unit.rollout_world import GOOD, STABLE, record
 
 CHROMIUM = shutil.which("chromium")
@@ -39,6 +39,7 @@ _FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 TICK_S = 0.2
+SLOW_MS = 30_000
 BIG = Upstream(name="big-teacher", model="big", url="http://127.0.0.1:9")
 
 
@@ -196,3 +197,45 @@ class Watched:
         assert self.asked
         assert [u for u in self.asked if not u.startswith(f"{self._stack.admin.url}/")] == []
         assert [u for u in self.asked if self._stack.key in u] == []
+
+
+def watch(browser: Browser, stack: ConsoleStack, width: int = 1280, **options: object) -> Watched:
+    """A fresh page, which knows no key."""
+    context = browser.new_context(viewport={"width": width, "height": 800}, **options)  # type: ignore[arg-type]
+    context.set_default_timeout(SLOW_MS)
+    return Watched(context.new_page(), stack)
+
+
+def ramping(stack: ConsoleStack, route: str, **changes: object) -> str:
+    """A rollout on its second step, where it stays; its id."""
+    stack.route(route)
+    spec = stack.start(route, **changes)
+    wait_until("it ramps", lambda: stack.rollouts.get(spec.id).status.step == 1)
+    return spec.id
+
+
+def phase(page: Page) -> Locator:
+    """The chip in the rollout's heading."""
+    return page.locator(".hero .chip")
+
+
+def active(page: Page) -> str:
+    """What has the focus, in words."""
+    return str(page.evaluate("(document.activeElement.id || document.activeElement.textContent).trim()"))
+
+
+def tab_to(page: Page, name: str) -> None:
+    """Press Tab until it is there, as somebody without a mouse."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if active(page) == name:
+            return
+    raise AssertionError(f"Tab never reached {name!r}")
+
+
+def commands(stack: ConsoleStack, rollout_id: str) -> list[str]:
+    """What the audit trail says was asked, and what is still waiting."""
+    waiting = [c.verb for c in stack.rollouts.pending_commands(rollout_id)]
+    trail = stack.rollouts.audit(rollout_id)
+    done = [c["verb"] for e in trail for c in e.body.get("observation", {}).get("commands", [])]
+    return done + waiting

@@ -1,4 +1,4 @@
-"""Rollouts through the admin API, and the console's door: what is shown, what may be asked, what is open."""
+"""Rollouts through the admin API: what is shown, page by page, and what may be asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from contracts.metrics import bucket_quantile
 from contracts.rollout import Phase, RolloutStatus
 from contracts.traffic import Split
 from serve.admin.app import create_app
-from serve.admin.pages import HEADERS, console_files
 from serve.admin.rollouts import LOOKS, MAX_REASON, RECENT
 from serve.rollout.decide import initial
 from serve.rollout.start import ask
@@ -356,68 +355,6 @@ def test_a_store_that_fails_is_503_everywhere(world: World, admin: TestClient, t
         db.exec_driver_sql(f"ALTER TABLE {table} RENAME TO elsewhere")
     path = f"/v1/rollouts/{world.spec.id}" if table in ("commands", "audit") else "/v1/events"
     assert table not in error(admin.get(path), 503)["message"]
-
-
-# the console's door -----------------------------------------------------------------------------
-
-
-def test_the_page_is_open_and_everything_it_shows_is_not(world: World) -> None:
-    """No key for the files, exactly these; a key for the data and for every path that looks similar."""
-    with TestClient(create_app(world.engine)) as client:
-        for path, content in console_files().items():
-            reply = client.get(path)
-            assert (reply.status_code, reply.content) == (200, content)
-            assert client.head(path).status_code == 200
-        assert client.get("/", follow_redirects=False).headers["location"] == "console"
-        assert str(client.get("/console/").url).endswith("/console")
-        for path in ("/console/none.js", "/console/index.html", "/console/app.js/"):
-            assert client.get(path).status_code in (401, 404), path
-        for path in ("/v1/events", "/v1/rollouts", f"/v1/rollouts/{world.spec.id}"):
-            assert error(client.get(path), 401)["code"] == "invalid_api_key"
-        assert error(client.post(f"/v1/rollouts/{world.spec.id}/commands", json={"verb": "abort"}), 401)
-        assert error(client.post("/console"), 405)["code"] == "not_allowed"
-
-
-def test_the_page_may_talk_to_this_server_only(world: World) -> None:
-    """A strict policy on every file: no inline script, no frame, no other origin; types are final."""
-    with TestClient(create_app(world.engine)) as client:
-        for path in console_files():
-            headers = client.get(path).headers
-            assert HEADERS.items() <= dict(headers).items()
-        kinds = {p: client.get(p).headers["content-type"] for p in console_files()}
-        assert kinds["/console"] == "text/html; charset=utf-8"
-        assert kinds["/console/app.js"] == "text/javascript; charset=utf-8"
-        tag = client.get("/console").headers["etag"]
-        assert client.get("/console", headers={"if-none-match": tag}).status_code == 304
-    policy = dict(part.strip().split(" ", 1) for part in HEADERS["content-security-policy"].split(";"))
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    assert "unsafe" not in HEADERS["content-security-policy"]
-
-
-def test_no_file_of_the_console_names_another_address_or_builds_html() -> None:
-    """Works without internet; a name is never markup."""
-    for path, content in console_files().items():
-        text = content.decode().replace("http://www.w3.org/2000/svg", "")
-        assert "//" not in text.replace("// ", "").replace("//\n", "") or path.endswith(".css"), path
-        for word in (
-            "innerHTML",
-            "outerHTML",
-            "insertAdjacentHTML",
-            "document.write",
-            "eval(",
-            "localStorage",
-            "style=",
-        ):
-            assert word not in text, f"{path}: {word}"
-
-
-def test_the_page_knows_whether_a_key_is_needed(world: World) -> None:
-    """Started with --insecure it asks nobody for a key."""
-    with TestClient(create_app(world.engine)) as client:
-        assert 'data-keys="required"' in client.get("/console").text
-    with TestClient(create_app(world.engine, insecure=True), base_url="http://127.0.0.1:9") as client:
-        assert 'data-keys="off"' in client.get("/console").text
 
 
 def test_the_openapi_document_has_the_verbs(admin: TestClient) -> None:
