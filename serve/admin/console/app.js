@@ -362,7 +362,7 @@ document.addEventListener("visibilitychange", () => {
 window.addEventListener("hashchange", go);
 find("login-form").addEventListener("submit", login);
 find("logout").addEventListener("click", () => logout());
-watchDialog(() => (find("title") ?? find("main")).focus());
+watchDialog(() => (loggedIn() ? (find("title") ?? find("main")) : find("login-key")).focus());
 setInterval(() => {
   if (loggedIn() && state.overview && !document.hidden) draw();
 }, 1000);

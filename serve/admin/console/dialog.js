@@ -5,11 +5,13 @@ import { words } from "./format.js";
 
 const find = (id) => document.getElementById(id);
 let asking = null;
+let opener = null;
 
 /** Ask for a verb of a rollout. `send(reason)` is called on yes; what it throws is shown. */
 export function confirm({ verb, effect, danger, route, now, send }) {
   const dialog = find("confirm");
-  asking = { danger, send, verb };
+  asking = { danger, send };
+  opener = document.activeElement;
   find("confirm-title").textContent = `${capital(words(verb))} the rollout of ${route}?`;
   find("confirm-effect").textContent = effect;
   find("confirm-now").textContent = now;
@@ -36,9 +38,7 @@ export function watchDialog(lost) {
   });
   dialog.addEventListener("close", () => {
     asking = null;
-    requestAnimationFrame(() => {
-      if (document.activeElement === document.body) lost();
-    });
+    if (!opener?.isConnected) lost();
   });
 }
 
