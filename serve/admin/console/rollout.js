@@ -186,7 +186,7 @@ function facts(rollout, now) {
     ["Asked for", [moment(rollout.created_at), " (", ago(rollout.created_at, now, " ago"), ")"]],
     ["By", rollout.created_by],
     ["α harm / promote", `${spec.alpha_harm} / ${spec.alpha_promote}`],
-    ["A look every", duration(spec.look_s)],
+    ["A look every", spec.look_s < 120 ? `${spec.look_s} s` : duration(spec.look_s)],
     ["Kill switch", `${percent(spec.kill_switch_errors)} errors`],
     ["No-data deadline", duration(spec.no_data_deadline_s)],
     ["After the last step", spec.hold_final ? "a person decides" : "promote by itself"],
