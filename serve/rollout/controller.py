@@ -29,12 +29,11 @@ from serve.rollout.deployer import Deployer
 from serve.rollout.metrics import ControllerMetrics
 from serve.rollout.observation import Action, Asked, Decision, Observation, SeenWindow
 from serve.rollout.replay import audit_entries
-from serve.state.rollouts import RolloutState, StoredRollout
+from serve.state.rollouts import CONTROLLER_LEASE, RolloutState, StoredRollout
 from serve.state.traffic import TrafficState
 
 log = logging.getLogger(__name__)
 
-LEASE = "rollout-controller"
 Hook = Callable[[RolloutSpec], None]
 
 
@@ -85,12 +84,12 @@ class Controller:
             except (StillhouseError, SQLAlchemyError) as err:  # a store that is away comes back
                 log.warning("tick skipped, the state store did not answer: %s", err)
             stop.wait(max(0.01, self._tick_s - (time.monotonic() - started)))
-        self._rollouts.release_lease(LEASE, self.holder)
+        self._rollouts.release_lease(CONTROLLER_LEASE, self.holder)
 
     def tick(self) -> bool:
         """One pass over all active rollouts; False when another controller holds the lease."""
         started = time.monotonic()
-        leading = self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s)
+        leading = self._rollouts.acquire_lease(CONTROLLER_LEASE, self.holder, self._lease_ttl_s)
         if self._metrics is not None:
             self._metrics.leader.set(1.0 if leading else 0.0)
         if not leading:

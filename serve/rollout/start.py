@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import getpass
 
+from contracts.commands import check_verb
 from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
 from contracts.gates import Verdict
 from contracts.model import ModelRecord
-from contracts.rollout import Phase, RolloutSpec
+from contracts.rollout import RolloutSpec
 from registry.store import Registry, parse_ref
 from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.traffic import TrafficState
-
-_ALLOWED = {
-    "pause": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD),
-    "resume": (Phase.PENDING, Phase.WARMING, Phase.PAUSED),
-    "promote": (Phase.RAMPING, Phase.HELD, Phase.PAUSED),
-    "abort": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD, Phase.PAUSED),
-}
 
 
 def start_rollout(
@@ -91,15 +85,12 @@ def check_gates(record: ModelRecord) -> None:
 def ask(
     rollouts: RolloutState, route: str, verb: str, *, by: str | None = None, reason: str = ""
 ) -> StoredRollout:
-    """Ask the controller for pause, resume, promote or abort; returns the rollout it was asked of.
+    """Ask the controller for one of contracts.commands.VERBS; returns the rollout it was asked of.
 
     Raises: ConflictError when the rollout's phase does not allow it, NotFoundError without an active one.
     """
     stored = active_rollout(rollouts, route)
-    phase = stored.status.phase
-    if phase not in _ALLOWED[verb] or (verb == "resume" and not stored.status.paused):
-        fits = ", ".join(p.value for p in _ALLOWED[verb] if verb != "resume" or p is Phase.PAUSED)
-        raise ConflictError(f"{verb} is not possible: the rollout is {phase.value}; it must be {fits}.")
+    check_verb(verb, stored.status)
     rollouts.add_command(stored.spec.id, verb, by or getpass.getuser(), reason)
     return stored
 

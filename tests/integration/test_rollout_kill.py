@@ -16,11 +16,12 @@ from sqlalchemy import event
 
 from contracts.rollout import Phase, RolloutSpec
 from contracts.traffic import Upstream
-from serve.rollout.controller import LEASE, Controller
+from serve.rollout.controller import Controller
 from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
 from serve.rollout.replay import replay
 from serve.rollout.simulate import ArmModel
+from serve.state.rollouts import CONTROLLER_LEASE
 from serve.state.tables import open_state
 from tests.unit.rollout_world import BROKEN, GOOD, World, demo_policy
 
@@ -144,7 +145,7 @@ def make_world(folder: Path, canary: ArmModel) -> World:
         world.step()
     world.spec = world.spec.model_copy(update={"id": "the-one", "created_at": world.now})
     world.rollouts.create(world.spec, initial(world.spec))
-    world.rollouts.release_lease(LEASE, "one")
+    world.rollouts.release_lease(CONTROLLER_LEASE, "one")
     return world
 
 
