@@ -22,6 +22,8 @@ class Verb(Record):
     """It overrules the tests or ends the rollout; whoever shows it asks twice, and for a reason."""
 
 
+_TRAFFIC = (Phase.RAMPING, Phase.HELD, Phase.PAUSED)
+
 VERBS: dict[str, Verb] = {
     "pause": Verb(
         phases=(Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD),
@@ -32,14 +34,19 @@ VERBS: dict[str, Verb] = {
         phases=(Phase.PENDING, Phase.WARMING, Phase.PAUSED),
         effect="The rollout goes on from the step it is in.",
     ),
+    "approve": Verb(
+        phases=_TRAFFIC,
+        effect="What waits for a person goes on: the gate of this step is open. "
+        "Evidence is still needed, and harm still rolls back.",
+    ),
     "promote": Verb(
-        phases=(Phase.RAMPING, Phase.HELD, Phase.PAUSED),
-        effect="The canary gets all traffic at the next tick, before its tests are done; "
-        "the old stable drains. Only harm shown in that very look still stops it.",
+        phases=(*_TRAFFIC, Phase.WATCHING),
+        effect="The canary gets all traffic at the next tick, before its tests are done, or before its "
+        "watch is over; the old stable drains. Only harm shown in that very look still stops it.",
         danger=True,
     ),
     "abort": Verb(
-        phases=(Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD, Phase.PAUSED),
+        phases=(Phase.PENDING, Phase.WARMING, *_TRAFFIC, Phase.WATCHING),
         effect="The canary's weight goes to zero, it drains and is removed; the route is as before. "
         "The model is not quarantined.",
         danger=True,

@@ -11,6 +11,7 @@ from importlib import import_module
 
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
+from serve.state.outbox import OutboxState
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
@@ -22,6 +23,7 @@ class StackHandle:
 
     rollouts: RolloutState
     traffic: TrafficState
+    outbox: OutboxState
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
@@ -41,4 +43,6 @@ def open_stack(config_path: str | None) -> StackHandle:
 
         return MlflowRegistry(config.registry_uri)
 
-    return StackHandle(RolloutState(engine), TrafficState(engine), dict(config.policies), open_registry)
+    return StackHandle(
+        RolloutState(engine), TrafficState(engine), OutboxState(engine), dict(config.policies), open_registry
+    )

@@ -127,6 +127,27 @@ quarantine = Table(
     Column("at", Float, nullable=False),
 )
 
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("event_id", String(200), nullable=False, unique=True),
+    Column("rollout_id", String(128), nullable=False, index=True),
+    Column("stream", String(160), nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("hook", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("next_at", Float, nullable=False),
+    Column("error", Text),
+    Column("done_at", Float),
+    Column("dead", Integer, nullable=False),
+    Index("outbox_waiting", "done_at", "stream", "id"),
+)
+"""Messages to webhooks, written with the tick they tell of. Within a stream (one rollout, one hook) they are
+delivered in the order of `id`; one that was given up is `dead` and makes way for the next."""
+
 leases = Table(
     "leases",
     metadata,

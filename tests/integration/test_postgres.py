@@ -130,7 +130,7 @@ def test_a_rollout_decides_the_same_on_both_databases(
         assert world.until(Phase.PROMOTED).phase is end
         trail = world.rollouts.audit(world.spec.id)
         trails.append([(e.tick, e.kind, e.at, e.body["reason"], e.body["weight"]) for e in trail])
-        again = replay(world.spec, trail)
+        again = replay(world.stored, trail)
         assert again.exact, again.mismatches
         assert again.final == world.status
         assert all(math.isfinite(m.log_noninferior) for m in world.status.metrics)
