@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from contracts.errors import NotFoundError
-from serve.rollout import view
+from serve.rollout import cli_report, view
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
 from serve.state.rollouts import StoredRollout
@@ -156,6 +156,9 @@ def history(
         typer.echo(json.dumps({**view.as_json(one), "audit": entries}, indent=2))
         return
     console.print(view.rollout_panel(one), view.audit_table(trail, transitions_only=not looks))
+
+
+cli_report.register(app)
 
 
 def _ask(route: str, verb: str, reason: str, config: str | None) -> None:

@@ -28,7 +28,8 @@ def prompt(body: dict[str, Any]) -> str | None:
     """What the user said last, or the prompt of a completion; None when the log does not keep it."""
     said = _said(body)
     users = [text for role, text in said if role == "user"]
-    return (users or [text for _, text in said] or [None])[-1]
+    texts = users or [text for _, text in said]
+    return texts[-1] if texts else None
 
 
 def words(text: str) -> frozenset[str]:
@@ -46,7 +47,20 @@ def diff(stable: str, canary: str) -> tuple[Piece, ...]:
     """Word-level diff: stretches that are the same in both, and what stands where they differ."""
     old, new = _TOKEN.findall(cut(stable)), _TOKEN.findall(cut(canary))
     found = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
-    return tuple(Piece(stable="".join(old[a:b]), canary="".join(new[c:d])) for _, a, b, c, d in found)
+    return _joined([Piece(stable="".join(old[a:b]), canary="".join(new[c:d])) for _, a, b, c, d in found])
+
+
+def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
+    """Changes with nothing but a space between them are one change: fewer, longer marks read better."""
+    found: list[Piece] = []
+    for index, piece in enumerate(pieces):
+        changed = bool(found) and not found[-1].same
+        bridge = piece.same and not piece.stable.strip() and index + 1 < len(pieces)
+        if changed and (bridge or not piece.same):
+            last = found.pop()
+            piece = Piece(stable=last.stable + piece.stable, canary=last.canary + piece.canary)
+        found.append(piece)
+    return tuple(found)
 
 
 def cut(text: str) -> str:

@@ -160,17 +160,16 @@ def _axes(p: _Plot) -> str:
         parts.append(_text(p.left - 7, y + 4, text, "tick end"))
     for value, text in p.chart.x.ticks:
         x = p.px(value)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{p.bottom:g}" y2="{p.bottom + 4:g}"/>')
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{p.bottom:g}" y2="{p.bottom + 4:g}"/>'
+        )
         parts.append(_text(x, p.bottom + 18, text, "tick middle"))
-    parts.append(
-        f'<line class="axis" x1="{p.left:g}" x2="{p.right:g}" y1="{p.bottom:g}" y2="{p.bottom:g}"/>'
-    )
+    parts.append(f'<line class="axis" x1="{p.left:g}" x2="{p.right:g}" y1="{p.bottom:g}" y2="{p.bottom:g}"/>')
     parts.append(_text((p.left + p.right) / 2, p.chart.height - 5, p.chart.x.label, "name middle"))
     middle = (p.top + p.bottom) / 2
-    parts.append(
-        f'<text class="name middle" transform="translate(13 {middle:g}) rotate(-90)">'
-        f"{html.escape(p.chart.y.label)}</text>"
-    )
+    if p.chart.y.label:
+        turned = f'transform="translate(13 {middle:g}) rotate(-90)"'
+        parts.append(f'<text class="name middle" {turned}>{html.escape(p.chart.y.label)}</text>')
     return "".join(parts)
 
 
@@ -225,11 +224,11 @@ def _labels(p: _Plot) -> str:
     ]
     wanted += [(p.py(r.at), p.right, r.label, r.style) for r in p.chart.rules if r.label and not r.vertical]
     parts = []
-    for (y, (_, _, text, style)) in zip(_apart([w[0] for w in wanted], p), wanted, strict=True):
+    for y, (_, _, text, style) in zip(_apart([w[0] for w in wanted], p), wanted, strict=True):
         parts.append(_text(p.right + 8, y + 4, text, f"label {style}"))
     for r in p.chart.rules:
         if r.label and r.vertical:
-            parts.append(_text(p.px(r.at) + 4, p.top + 9, r.label, f"label {r.style}"))
+            parts.append(_text(p.px(r.at), p.top - 3, r.label, f"label middle {r.style}"))
     return "".join(parts)
 
 

@@ -78,14 +78,10 @@ def _by_token(mine: Mapping[str, Usage], prices: Mapping[str, Price]) -> Cost:
     rows = sum(u.rows for u in mine.values())
     unknown = sum(u.unknown for u in mine.values())
     money = sum(prices[name].of_tokens(u.prompt, u.completion) for name, u in mine.items())
-    tokens = f"{_mean(mine, 'prompt'):.0f} prompt + {_mean(mine, 'completion'):.0f} answer tokens"
+    prompt, completion = sum(u.prompt for u in mine.values()), sum(u.completion for u in mine.values())
+    tokens = f"{prompt / rows:.0f} prompt + {completion / rows:.0f} answer tokens"
     said = f"{tokens} a request, mean of {rows:,} logged requests"
     if unknown:
         said += f"; {unknown:,} more say nothing about tokens"
     each = 1000.0 * money / rows
     return Cost(per_1000=each, at_full_traffic=each, currency=currencies.pop(), said=said)
-
-
-def _mean(mine: Mapping[str, Usage], what: str) -> float:
-    return sum(getattr(u, what) for u in mine.values()) / sum(u.rows for u in mine.values())
-

@@ -43,7 +43,7 @@ def weight(report: Report) -> str:
     return draw(Chart(
         name="weight",
         title="The canary's share of traffic and the rollout's phases over time",
-        about=f"The weight rose in {len(report.spec.steps)} planned steps to {peak}; the timeline lists every move.",
+        about=f"{len(report.spec.steps)} steps were planned, it got {peak}; the timeline lists every move.",
         x=_time(report),
         y=Axis(0.0, high, "canary's share", labelled),
         lines=[Line(points, "canary", f"canary {100 * report.weight:g} %", step=True)],
@@ -66,13 +66,13 @@ def evidence(report: Report, harm: bool) -> str:
     top = max(1.35 * at / _LN10, min(1.05 * max(drawn), 3.0 * at / _LN10))
     low = min(-0.5, max(1.05 * min(drawn), _LOWEST))
     does = "roll back" if harm else "promote"
-    rules = [Rule(at / _LN10, f"{does} at {words.e_value(at)}", "limit"), Rule(0.0, "", "zero")]
+    rules = [Rule(at / _LN10, f"{does} at {words.limit(at)}", "limit"), Rule(0.0, "", "zero")]
     what = "harm" if harm else "being no worse"
     ends = "; ".join(line.label for line in lines)
     return draw(Chart(
         name="harm" if harm else "noninferior",
         title=f"Evidence for {what}: e-values over time",
-        about=f"Threshold {words.e_value(at)}. Last values: {ends}.",
+        about=f"Threshold {words.limit(at)}. Last values: {ends}.",
         x=_time(report),
         y=Axis(low, top, "e-value", _powers(low, top)),
         lines=lines,
@@ -101,7 +101,7 @@ def difference(report: Report, metric: MetricReport, comparison: Comparison, nam
         title=f"Difference canary minus stable: {words.label(metric, comparison)}",
         about=f"At the last look {said}; margin {words.points(margin, metric)}.",
         x=_time(report, 4),
-        y=Axis(low, high, "canary minus stable", marks),
+        y=Axis(low, high, "", marks),
         lines=[Line(list(zip(interval.seconds, interval.estimate, strict=True)), "canary", "seen")],
         bands=[Band(list(zip(interval.seconds, interval.low, interval.high, strict=True)), "canary")],
         rules=[Rule(0.0, "equal", "zero"), Rule(margin, "margin", "limit")],
@@ -115,7 +115,9 @@ def latency(arms: tuple[ArmReport, ...], field: str, thresholds: tuple[float, ..
     """Share of answers that came within a time, by arm, known at bucket edges."""
     found: dict[str, Latency] = {arm.arm: getattr(arm, field) for arm in arms}
     low, high = _span(found)
-    rules = [Rule(math.log10(t), words.seconds(t), "zero", vertical=True) for t in thresholds if low <= t <= high]
+    rules = [
+        Rule(math.log10(t), words.seconds(t), "zero", vertical=True) for t in thresholds if low <= t <= high
+    ]
     lines = [
         Line(_curve(value, low, high), arm, f"{arm} (n {value.n:,})", dots=True)
         for arm, value in found.items()
@@ -166,7 +168,9 @@ def _phases(report: Report) -> list[Stretch]:
 def _powers(low: float, high: float) -> list[tuple[float, str]]:
     stride = max(1, math.ceil((high - low) / 6.0))
     first = math.ceil(low / stride) * stride
-    return [(float(p), f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}") for p in range(first, int(high) + 1, stride)]
+    return [
+        (float(p), f"{10.0**p:g}" if -4 < p < 5 else f"1e{p}") for p in range(first, int(high) + 1, stride)
+    ]
 
 
 def _span(found: dict[str, Latency]) -> tuple[float, float]:

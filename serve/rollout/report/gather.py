@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contracts.metrics import ArmCounts
+from contracts.metrics import ArmCounts, Role
 from contracts.rollout import RolloutSpec
 from contracts.traffic import RequestRow
 from serve.rollout import evidence
@@ -34,6 +34,7 @@ from serve.rollout.report.model import (
 from serve.rollout.report.price import Price
 from serve.rollout.report.requests import KINDS, Match, Scan, scan
 from serve.rollout.stats import srm
+from serve.rollout.stats.combine import Family
 from serve.state.rollouts import AuditEntry, RolloutState, StoredRollout
 
 EXAMPLES_EACH = 3
@@ -106,7 +107,7 @@ def report(
             log_harm_mean=family.log_harm_mean_at,
             log_promote=family.log_promote_at,
         ),
-        metrics=_metrics(stored, seen, series),
+        metrics=_metrics(stored, seen),
         arms=_arms(stored, series, logged, sources),
         sample_ratio=sample_ratio(seen),
         examples=_examples(logged, sources.request_log, examples),
@@ -140,8 +141,10 @@ def sample_ratio(seen: list[trail.Seen]) -> SampleRatio:
     )
 
 
-def _metrics(stored: StoredRollout, seen: list[trail.Seen], series: Series) -> tuple[MetricReport, ...]:
+def _metrics(stored: StoredRollout, seen: list[trail.Seen]) -> tuple[MetricReport, ...]:
+    looked = confidence.merged(seen)
     counts, known = stored.status.total_counts, {m.name: m for m in stored.status.metrics}
+    family = evidence.combine(stored.spec, stored.status.metrics)
     return tuple(
         MetricReport(
             name=m.key,
@@ -153,18 +156,22 @@ def _metrics(stored: StoredRollout, seen: list[trail.Seen], series: Series) -> t
             better=m.better,
             verdict=known[m.key].verdict,
             log_harm=known[m.key].log_harm,
+            log_harm_at=_harm_at(m.role, family, stored.spec.alpha_harm),
             log_noninferior=known[m.key].log_noninferior,
             comparisons=confidence.with_intervals(
-                m, measures.comparisons(m, counts), seen, series.seconds, stored.spec.alpha_harm
+                m, measures.comparisons(m, known[m.key], counts), looked, stored.spec.alpha_harm
             ),
         )
         for m in stored.spec.metrics
     )
 
 
-def _arms(
-    stored: StoredRollout, series: Series, logged: Scan, sources: Sources
-) -> tuple[ArmReport, ...]:
+def _harm_at(role: Role, family: Family, alpha: float) -> float:
+    each = {Role.GUARDRAIL: family.log_harm_each_at, Role.OBJECTIVE: family.log_objective_each_at}
+    return each.get(role, math.log(1.0 / alpha))
+
+
+def _arms(stored: StoredRollout, series: Series, logged: Scan, sources: Sources) -> tuple[ArmReport, ...]:
     counts = stored.status.total_counts
     upstreams = {"stable": _stable(stored), "canary": stored.spec.candidate.name}
     prices: dict[str, Price | None] = {stored.spec.candidate.name: sources.student_price, **sources.prices}
@@ -209,7 +216,9 @@ def _best(worst: list[Match], kind: str, each: int) -> list[Match]:
     mine = [m for m in worst if m.kind == kind]
     if kind != "slowest":
         mine.sort(key=lambda m: m.rank, reverse=True)
-    distinct = {(alike.prompt(m.row.request) or m.row.request_id, m.row.response_text): m for m in reversed(mine)}
+    distinct = {
+        (alike.prompt(m.row.request) or m.row.request_id, m.row.response_text): m for m in reversed(mine)
+    }
     return [m for m in mine if m in distinct.values()][:each]
 
 
@@ -233,7 +242,9 @@ def _answer(row: RequestRow) -> Answer:
     missing = ""
     if row.response_text is None:
         length = "" if row.response_chars is None else f", it had {row.response_chars:,} characters"
-        kept = "it gave no text" if row.outcome.failed else f"not kept (log mode {row.log_mode.value}{length})"
+        kept = (
+            "it gave no text" if row.outcome.failed else f"not kept (log mode {row.log_mode.value}{length})"
+        )
         missing = kept
     asked = alike.prompt(row.request)
     return Answer(
@@ -286,4 +297,6 @@ def _decided_at(entries: list[AuditEntry], otherwise: float) -> float:
 
 
 def _stable(stored: StoredRollout) -> str:
-    return stored.status.stable.name if stored.status.stable is not None else "not known before the first step"
+    return (
+        stored.status.stable.name if stored.status.stable is not None else "not known before the first step"
+    )

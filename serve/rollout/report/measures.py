@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from contracts.metrics import (
     LATENCY_BUCKETS_S,
     LATENCY_KINDS,
+    PAIR,
     SCORE_VALUES,
     ArmCounts,
     MetricKind,
     MetricSpec,
 )
+from contracts.rollout import MetricStatus
 from serve.rollout.evidence import windows_of
 from serve.rollout.report.model import Comparison, Latency, Quantile, Sample
 
@@ -41,8 +43,13 @@ def question(metric: MetricSpec) -> str:
     return said
 
 
-def comparisons(metric: MetricSpec, counts: dict[str, ArmCounts]) -> tuple[Comparison, ...]:
+def comparisons(
+    metric: MetricSpec, status: MetricStatus, counts: dict[str, ArmCounts]
+) -> tuple[Comparison, ...]:
     """Both arms' samples on one metric: one, or one for every latency threshold."""
+    if "counts" in status.state:  # a query of counters: its counts are in no window
+        n_b, k_b, n_c, k_c = (int(v) for v in status.state["counts"])
+        return (Comparison(stable=_rate(k_b, n_b), canary=_rate(k_c, n_c)),)
     stable, canary = (counts.get(arm, ArmCounts()) for arm in ("stable", "canary"))
     if metric.kind in RATE_KINDS:
         thresholds: tuple[float | None, ...] = metric.thresholds_s or (None,)
@@ -54,7 +61,7 @@ def comparisons(metric: MetricSpec, counts: dict[str, ArmCounts]) -> tuple[Compa
     if metric.kind is MetricKind.SCORE:
         return (Comparison(stable=mean(stable, metric.grader), canary=mean(canary, metric.grader)),)
     if metric.kind is MetricKind.PAIRS:
-        pair = mean(counts.get("pair", ArmCounts()), metric.grader)
+        pair = mean(counts.get(PAIR, ArmCounts()), metric.grader)
         other = pair.model_copy(update={"mean": None if pair.mean is None else 1.0 - pair.mean})
         return (Comparison(stable=other, canary=pair),)
     return ()

@@ -54,6 +54,7 @@ class Thresholds(Record):
     """What the e-values are held against (logs)."""
 
     log_harm_each: float
+    """One guardrail's."""
     log_harm_mean: float
     log_promote: float
 
@@ -101,6 +102,8 @@ class MetricReport(Record):
     better: bool
     verdict: Verdict
     log_harm: float
+    log_harm_at: float
+    """What shown harm is on this metric, alone among those of its role."""
     log_noninferior: float
     comparisons: tuple[Comparison, ...] = ()
 

@@ -6,6 +6,7 @@ what `Report` holds and computes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -20,8 +21,8 @@ _TABLE_ROWS = 16
 """Rows of a figure's table at most; the JSON has all of them."""
 _TONES = {"promoted": ("good", "✔"), "rolled_back": ("bad", "✖"), "aborted": ("ended", "■")}
 _VERDICTS = {
-    Verdict.PASS: ("good", "✔ shown no worse"),
-    Verdict.FAIL: ("bad", "✖ harm shown"),
+    Verdict.PASS: ("good", "✔ no worse"),
+    Verdict.FAIL: ("bad", "✖ harm"),
     Verdict.INCONCLUSIVE: ("waiting", "… undecided"),
     Verdict.NO_DATA: ("", "no data"),
     Verdict.ERROR: ("bad", "! error"),
@@ -67,7 +68,9 @@ def table(
         for row in rows
     )
     said = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{said}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table>{said}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _head(report: Report) -> str:
@@ -100,7 +103,7 @@ def _tiles(report: Report) -> str:
             _money(canary.cost.at_full_traffic, canary.cost.currency),
             "per 1000 requests" + (beside if stable.cost.per_1000 is not None else ""),
         ))  # fmt: skip
-    cells = "".join(f"<li><b>{escape(value)}</b><span>{escape(said)}</span></li>" for value, said in tiles)
+    cells = "".join(f"<li><b>{_glue(value)}</b><span>{_glue(said)}</span></li>" for value, said in tiles)
     return f'<ul class="tiles">{cells}</ul>'
 
 
@@ -108,8 +111,7 @@ def _tile(metric: MetricReport, c: Comparison) -> tuple[str, str]:
     assert c.canary.mean is not None
     if c.canary.bad is None:
         return f"{c.canary.mean:.3f}", f"{metric.name}, stable {_mean(c)}"
-    what = "failed" if metric.name == "errors" else metric.name + " failed"
-    return f"{100 * c.canary.mean:.2f} %", f"{what}, stable {_mean(c)}"
+    return f"{100 * c.canary.mean:.2f} %", f"{words.tile(metric)}, stable {_mean(c)}"
 
 
 def _mean(c: Comparison) -> str:
@@ -123,15 +125,24 @@ def _metrics(report: Report) -> str:
     for metric in report.metrics:
         for index, c in enumerate(metric.comparisons or (None,)):
             rows.append(_metric_row(report, metric, c, index == 0))
-    head = ("metric", "stable", "canary", "canary − stable", "harm → roll back", "no worse → promote", "verdict")
+    head = (
+        "metric",
+        "stable",
+        "canary",
+        "canary − stable",
+        "harm → roll back",
+        "no worse → promote",
+        "verdict",
+    )
     at = report.thresholds
     return (
         "<h2>What was judged</h2>"
-        f"{table(head, rows, numbers=(1, 2, 3))}"
-        f"<p class='soft'>An e-value is evidence: what a bet against the claim turned 1 into. {_alpha(at.log_harm_each)} on "
-        f"one metric (or a mean of {_alpha(at.log_harm_mean)} over all) rolls back, at any time; promotion needs "
-        f"{_alpha(at.log_promote)} on every metric that may decide. Differences are given with the interval that "
-        "holds at every look together, not only at this one.</p>"
+        f"<div class='judged'>{table(head, rows, numbers=(1, 2, 3))}</div>"
+        "<p class='soft'>An e-value is evidence: what a bet against the claim turned 1 into. "
+        f"{words.limit(at.log_harm_each)} on one guardrail (or a mean of {words.limit(at.log_harm_mean)} over "
+        "all of them) rolls back, at any time; promotion needs "
+        f"{words.limit(at.log_promote)} on every metric that may decide. Differences weigh the looks by their size, so that a changing share cannot bias them; "
+        "beside them stands the interval that holds at every look together.</p>"
     )
 
 
@@ -140,13 +151,17 @@ def _metric_row(report: Report, metric: MetricReport, c: Comparison | None, firs
     about = f"{escape(metric.question)}; margin {_scaled(metric, metric.margin)}, {metric.role.value}"
     name = escape(metric.name if c is None else words.label(metric, c))
     label = f"{name}<br><span class='soft'>{about}</span>" if first else name
-    sides_ = ("–", "–", "–") if c is None else (_two(words.share(c.stable)), _two(words.share(c.canary)), _apart(metric, c))
+    sides_ = (
+        ("–", "–", "–")
+        if c is None
+        else (_two(words.share(c.stable)), _two(words.share(c.canary)), _apart(metric, c))
+    )
     if not first:
         return (label, *sides_, "", "", "")
     return (
         label,
         *sides_,
-        _meter(metric.log_harm, report.thresholds.log_harm_each, "bad"),
+        _meter(metric.log_harm, metric.log_harm_at, "bad"),
         _meter(metric.log_noninferior, report.thresholds.log_promote, "good"),
         f'<span class="badge {tone}">{verdict}</span>',
     )
@@ -157,13 +172,8 @@ def _two(text: str) -> str:
 
 
 def _apart(metric: MetricReport, c: Comparison) -> str:
-    if c.stable.mean is None or c.canary.mean is None:
-        return "–"
-    said = words.points(c.canary.mean - c.stable.mean, metric)
-    if c.interval is not None and c.interval.low:
-        low, high = (words.points(v[-1], metric) for v in (c.interval.low, c.interval.high))
-        said += f"<br><span class='soft'>{low} to {high}</span>"
-    return said
+    found = words.apart(metric, c)
+    return "–" if found is None else f"{found[0]}<br><span class='soft'>{found[1]}</span>"
 
 
 def _scaled(metric: MetricReport, value: float) -> str:
@@ -173,7 +183,7 @@ def _scaled(metric: MetricReport, value: float) -> str:
 def _meter(log_e: float, log_at: float, tone: str) -> str:
     share = min(1.0, max(0.0, log_e / log_at))
     return (
-        f"{words.e_value(log_e)} of {words.e_value(log_at)}"
+        f"{words.e_value(log_e)} of {words.limit(log_at)}"
         f'<span class="meter {tone}" aria-hidden="true"><i style="width:{100 * share:.0f}%"></i></span>'
     )
 
@@ -184,13 +194,13 @@ def _timeline(report: Report) -> str:
             f"{words.duration(m.seconds)}",
             escape(m.what),
             percent(m.weight),
-            escape(m.reason + "".join(f" [{n}]" for n in m.notes)),
+            escape(words.why(m)),
         )
         for m in report.timeline
     ]
     return (
         "<h2>What happened</h2>"
-        f"{_figure(figures.weight(report), 'The canary’s share', 'of the traffic, under the phases of the rollout.')}"
+        f"{_figure(figures.weight(report), 'The canary’s share', 'of the traffic, below its phases.')}"
         f"{table(('after', 'what', 'weight', 'why'), rows)}"
     )
 
@@ -236,7 +246,9 @@ def _differences(report: Report) -> str:
     if not drawn:
         return ""
     alpha = next(c.interval.alpha for m in report.metrics for c in m.comparisons if c.interval is not None)
-    last = table(("metric", "difference", "at least", "at most", "margin"), rows, "At the last look", range(1, 5))
+    last = table(
+        ("metric", "difference", "at least", "at most", "margin"), rows, "At the last look", range(1, 5)
+    )
     return (
         "<h2>How much the arms differ</h2>"
         f"<p>Canary minus stable with a confidence sequence: with probability {percent(1 - alpha)} the true "
@@ -254,7 +266,11 @@ def _latencies(report: Report) -> str:
         for f in ("ttft", "e2e")
     }
     drawn = "".join(
-        _figure(figures.latency(report.arms, f, limits[f]), said, "Dots are bucket edges: nothing is known between.")
+        _figure(
+            figures.latency(report.arms, f, limits[f]),
+            said,
+            "Dots are bucket edges: nothing is known between.",
+        )
         for f, said in (("ttft", "Time to first token."), ("e2e", "Time to last token."))
         if getattr(stable, f).n or getattr(canary, f).n
     )
@@ -293,8 +309,8 @@ def _trust(report: Report) -> str:
     )
     said = "the arms did not get the traffic that the split promises; do not trust the comparison"
     facts = (
-        ("sample ratio", f"{ratio.canary:,} canary requests where the weights promise {ratio.expected:,.1f}: e-value "
-         f"{words.e_value(ratio.log_e)} against 'as promised', a mismatch from {words.e_value(ratio.log_at)}"
+        ("sample ratio", f"{ratio.canary:,} canary requests where the weights promise {ratio.expected:,.1f}: "
+         f"e-value {words.e_value(ratio.log_e)} against that, a mismatch from {words.limit(ratio.log_at)}"
          + (f". {said}." if ratio.mismatch else "; no mismatch")),
         ("audit", f"{audit.entries} entries; {replayed}"),
         ("status digest", audit.digest),
@@ -307,22 +323,25 @@ def _trust(report: Report) -> str:
         f"<h2>Why this can be trusted</h2><dl class='facts'>{listed}</dl>"
         f"<h3>Policy</h3>{_policy(report)}"
         f"<h3>Again</h3><pre>{escape(commands)}</pre>"
-        f"<footer>Made {words.utc(report.made_at)} UTC from rollout {escape(report.id)}. Examples quote the request "
-        "log: erasing somebody there does not reach a report that was written before.</footer>"
+        f"<footer>Made {words.utc(report.made_at)} UTC from rollout {escape(report.id)}. Examples quote the "
+        "request log: erasing somebody there does not reach a report that was written before.</footer>"
     )
 
 
 def _policy(report: Report) -> str:
     spec = report.spec
-    steps = " → ".join(percent(s.weight) for s in spec.steps) + (" and hold" if spec.hold_final else " → 100 %")
+    steps = " → ".join(percent(s.weight) for s in spec.steps) + (
+        " and hold" if spec.hold_final else " → 100 %"
+    )
     rows = [
         (f"{i + 1}", percent(s.weight), f"{s.min_samples:,}", words.duration(s.min_dwell_s))
         for i, s in enumerate(spec.steps)
     ]
     said = (
-        f"Steps {steps}; a look every {words.duration(spec.look_s)}; harm at level {spec.alpha_harm:g}, promotion at "
-        f"level {spec.alpha_promote:g}; rolled back without data for {words.duration(spec.no_data_deadline_s)}, or at "
-        f"once when {percent(spec.kill_switch_errors)} of at least 20 requests failed."
+        f"Steps {steps}; a look every {words.duration(spec.look_s)}; harm at level {spec.alpha_harm:g}, "
+        f"promotion at level {spec.alpha_promote:g}; rolled back without data for "
+        f"{words.duration(spec.no_data_deadline_s)}, or at once when "
+        f"{percent(spec.kill_switch_errors)} of at least 20 requests failed."
     )
     head = ("step", "weight", "canary requests at least", "time at least")
     return f"<p>{said}</p>{_details('Steps as a table', table(head, rows, '', (1, 2, 3)))}"
@@ -343,16 +362,21 @@ def _details(summary: str, inner: str) -> str:
     return f"<details><summary>{summary}</summary>{inner}</details>"
 
 
-def _alpha(log_at: float) -> str:
-    return words.e_value(log_at)
+def _glue(text: str) -> str:
+    """Escaped, with numbers that stay beside their units."""
+    return re.sub(r"(?<=[\d≤>]) (?=[\d%smp])", "&#160;", escape(text))
 
 
 def _quantile(value: Latency) -> str:
     found = next((q for q in value.quantiles if q.q == 0.95), None)
     if found is None:
         return "–"
-    return f"≤ {words.seconds(found.at_most_s)}" if found.at_most_s is not None else f"> {words.seconds(found.above_s)}"
+    return (
+        f"≤ {words.seconds(found.at_most_s)}"
+        if found.at_most_s is not None
+        else f"> {words.seconds(found.above_s)}"
+    )
 
 
 def _money(value: float | None, currency: str | None) -> str:
-    return "not known" if value is None else f"{value:,.4g} {currency}"
+    return "not known" if value is None else f"{value:,.3g} {currency}"

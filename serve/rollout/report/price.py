@@ -11,7 +11,7 @@ from contracts.config import StrictConfig
 
 
 class Price(StrictConfig):
-    """Money per million tokens, or per hour of all the upstream's replicas together. Exactly one of the two."""
+    """Money per million tokens, or per hour of all the upstream's replicas together. One of the two."""
 
     prompt_per_million: float | None = Field(default=None, ge=0)
     """Money per million prompt tokens."""
@@ -32,5 +32,6 @@ class Price(StrictConfig):
 
     def of_tokens(self, prompt: int, completion: int) -> float:
         """Money for so many tokens. Only for prices by token."""
-        assert self.prompt_per_million is not None and self.completion_per_million is not None
+        assert self.prompt_per_million is not None
+        assert self.completion_per_million is not None
         return (prompt * self.prompt_per_million + completion * self.completion_per_million) / 1e6

@@ -1,4 +1,4 @@
-"""The request log as the report needs it: tokens by arm, the canary's worst answers, what to hold beside them.
+"""The request log as the report needs it: tokens by arm, the canary's worst answers, and what stands beside.
 
 Reads the log twice, a row at a time, so that its size does not matter: once for sums and for the worst, once
 for the other arm's answers to the most similar requests. Knows nothing about prices or how things look.

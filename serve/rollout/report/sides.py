@@ -16,7 +16,9 @@ _ALIKE = ("the most similar request", "an equal request")
 
 def examples(found: Examples) -> str:
     """The section of examples."""
-    intro = "The canary's worst answers, beside what the other arm said to the same request, or to the most similar one."
+    intro = (
+        "The canary's worst answers, beside the other arm's to the same request, or to the most similar one."
+    )
     shown = "".join(_example(i, e) for i, e in enumerate(found.shown, start=1))
     lead = f"<p>{intro}</p>" if shown else ""
     return f"<h2>Worst examples</h2>{lead}<p class='soft'>{escape(found.said)}</p>{shown}"
@@ -25,7 +27,11 @@ def examples(found: Examples) -> str:
 def _example(index: int, example: Example) -> str:
     asked = example.canary.prompt
     question = "<i>the request's text is not kept</i>" if asked is None else escape(asked)
-    alike = "" if example.similarity is None or example.similarity == 1.0 else f" ({example.similarity:.0%} alike)"
+    alike = (
+        ""
+        if example.similarity is None or example.similarity == 1.0
+        else f" ({example.similarity:.0%} alike)"
+    )
     return (
         f"<article class='example'><header><h4>{index}. {_TITLES[example.why]}: {_how(example)}</h4>"
         f"<p class='text'>{question}</p></header><div class='sides'>"
@@ -59,7 +65,8 @@ def _side(answer: Answer, diff: tuple[Piece, ...], *, mine: bool, note: str = ""
     facts += [f"{words.seconds(round(answer.e2e_s, 3))}"]
     facts += ["" if answer.completion_tokens is None else f"{answer.completion_tokens:,} tokens"]
     meta = escape(" · ".join(f for f in (*facts, answer.request_id) if f))
-    who = f"<p class='who {style}'>{escape(answer.arm)}: {escape(answer.upstream)}</p><p class='meta'>{meta}</p>"
+    name = f"{escape(answer.arm)}: {escape(answer.upstream)}"
+    who = f"<p class='who {style}'>{name}</p><p class='meta'>{meta}</p>"
     error = f"<p class='meta'>error: {escape(answer.error)}</p>" if answer.error else ""
     return who + note + error + _text(answer, diff, mine=mine)
 

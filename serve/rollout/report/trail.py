@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from contracts.metrics import ArmCounts
+from contracts.metrics import PAIR, ArmCounts
 from contracts.rollout import Phase, RolloutSpec
 from serve.rollout.observation import Observation, SeenWindow
 from serve.rollout.report.model import Move, Series, TestSeries
@@ -80,7 +80,9 @@ def windows(spec: RolloutSpec, trail: Iterable[AuditEntry]) -> Iterator[Seen]:
         seen = Observation.model_validate(body["observation"])
         if seen.split is not None:
             weights[seen.split.version] = seen.split.weight
-        drained = entry.kind == "transition" and body.get("to") in _DRAINED and body.get("from") not in _DRAINED
+        drained = (
+            entry.kind == "transition" and body.get("to") in _DRAINED and body.get("from") not in _DRAINED
+        )
         if entry.kind == "look" or (drained and _was_draining(body)):
             for window in seen.windows:
                 weight = weights.get(window.split_version)
@@ -90,10 +92,11 @@ def windows(spec: RolloutSpec, trail: Iterable[AuditEntry]) -> Iterator[Seen]:
 
 def totals(found: Iterable[Seen]) -> dict[str, ArmCounts]:
     """Counts by arm over all windows."""
-    stable, canary = ArmCounts(), ArmCounts()
+    stable, canary, pairs = ArmCounts(), ArmCounts(), ArmCounts()
     for seen in found:
         stable, canary = stable.plus(seen.window.stable), canary.plus(seen.window.canary)
-    return {"stable": stable, "canary": canary}
+        pairs = pairs.plus(seen.window.pairs)
+    return {"stable": stable, "canary": canary, PAIR: pairs}
 
 
 def _was_draining(body: dict[str, Any]) -> bool:

@@ -5,11 +5,13 @@ Pure. Decides nothing; the reason is the controller's own.
 
 from __future__ import annotations
 
+import math
 import time
 
+from contracts.metrics import MetricKind
 from contracts.rollout import PHASE_SENTENCES, Phase
 from serve.rollout import sentences
-from serve.rollout.report.model import Comparison, MetricReport, Quantile, Sample
+from serve.rollout.report.model import Comparison, MetricReport, Move, Quantile, Sample
 from serve.state.rollouts import StoredRollout
 
 ANY_TIME = (
@@ -94,6 +96,17 @@ def points(value: float, metric: MetricReport) -> str:
     return f"{100 * value:+.2f} pp" if counts_shares(metric) else f"{value:+.3f}"
 
 
+def apart(metric: MetricReport, c: Comparison) -> tuple[str, str] | None:
+    """The difference and its interval, as far as both are known: ('+0.12 pp', '-1.00 to +1.20 pp')."""
+    if c.stable.mean is None or c.canary.mean is None:
+        return None
+    if c.interval is None:
+        return points(c.canary.mean - c.stable.mean, metric), ""
+    last = (c.interval.estimate[-1], c.interval.low[-1], c.interval.high[-1])
+    at, low, high = (points(v, metric) for v in last)
+    return at, f"{low.removesuffix(' pp')} to {high}"
+
+
 def counts_shares(metric: MetricReport) -> bool:
     """True for metrics that count bad ones."""
     return any(c.canary.bad is not None for c in metric.comparisons)
@@ -102,6 +115,22 @@ def counts_shares(metric: MetricReport) -> bool:
 def e_value(log_e: float) -> str:
     """An e-value from its log."""
     return sentences.number(log_e)
+
+
+def limit(log_e: float) -> str:
+    """A threshold from its log: 20, 80, 2.5e+03."""
+    return f"{math.exp(log_e):.3g}"
+
+
+def why(move: Move) -> str:
+    """A move's reason, with what was noted beside it."""
+    return move.reason + "".join(f" [{note}]" for note in move.notes)
+
+
+def tile(metric: MetricReport) -> str:
+    """What a metric's share or mean is, in two words."""
+    known = {MetricKind.ERRORS: "of requests failed", MetricKind.QUALITY: "graded wrong"}
+    return known.get(metric.kind, metric.name)
 
 
 def label(metric: MetricReport, comparison: Comparison) -> str:
