@@ -139,10 +139,11 @@ def _metrics(report: Report) -> str:
         "<h2>What was judged</h2>"
         f"<div class='judged'>{table(head, rows, numbers=(1, 2, 3))}</div>"
         "<p class='soft'>An e-value is evidence: what a bet against the claim turned 1 into. "
-        f"{words.limit(at.log_harm_each)} on one guardrail (or a mean of {words.limit(at.log_harm_mean)} over "
-        "all of them) rolls back, at any time; promotion needs "
-        f"{words.limit(at.log_promote)} on every metric that may decide. Differences weigh the looks by their size, so that a changing share cannot bias them; "
-        "beside them stands the interval that holds at every look together.</p>"
+        f"{words.limit(at.log_harm_each)} on one guardrail, or a mean of {words.limit(at.log_harm_mean)} "
+        "over all of them, rolls back at any time; promotion needs "
+        f"{words.limit(at.log_promote)} on every metric that may decide. Differences weigh the looks by "
+        "their size, so that a changing share cannot bias them; beside them stands the interval that holds "
+        "at every look together.</p>"
     )
 
 
