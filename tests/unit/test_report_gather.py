@@ -29,12 +29,12 @@ def made(world: World, folder: Path | None = None, examples: int = 3, **prices: 
 def promoted(tmp_path: Path) -> World:
     """A healthy student that was promoted."""
     world = World(tmp_path)
-    assert world.until() and world.status.phase is Phase.PROMOTED
+    assert world.until().phase is Phase.PROMOTED
     return world
 
 
 def test_the_counts_are_those_of_the_ledger(promoted: World) -> None:
-    """Requests, errors, wrong answers and buckets add up to what routers wrote while the canary was judged."""
+    """Requests, errors, wrong answers and buckets add up to what the routers wrote of the rollout."""
     report = made(promoted)
     stable, canary = ArmCounts(), ArmCounts()
     for entry in promoted.traffic.read_ledger("support", promoted.spec.id, {}):
@@ -194,7 +194,7 @@ def test_an_unknown_rollout(tmp_path: Path) -> None:
 
 
 def test_cost_is_tokens_times_prices(promoted: World, tmp_path: Path) -> None:
-    """Per 1000 requests: mean tokens of the logged ones times the price; by the hour: spread over requests."""
+    """Per 1000 requests: mean tokens of the logged times the price; by the hour: spread over requests."""
     rows = [report_log.row(i, promoted.spec.id, Arm.STABLE, prompt_tokens=100 + i) for i in range(4)]
     rows.append(report_log.row(9, promoted.spec.id, Arm.STABLE, prompt_tokens=None))
     folder = report_log.write(tmp_path / "requests", rows)

@@ -160,7 +160,7 @@ def _phases(report: Report) -> list[Stretch]:
             starts.append((move.seconds, move.phase))
     ends = [start for start, _ in starts[1:]] + [report.seconds]
     return [
-        Stretch(start, end, phase.value.replace("_", " "), _PHASE_STYLES[phase])
+        Stretch(start, end, phase.value.replace("_", " "), _PHASE_STYLES.get(phase, "going"))
         for (start, phase), end in zip(starts, ends, strict=True)
     ]
 

@@ -29,7 +29,7 @@ def headline(stored: StoredRollout) -> str:
     """What was decided, in a few words."""
     status = stored.status
     if status.decision is not None:
-        said = _HEADLINES[status.decision]
+        said = _HEADLINES.get(status.decision, status.decision.replace("_", " "))
         return said if status.phase.terminal else f"{said}, draining"
     if stored.spec.hold_final:
         return f"A/B test running at {sentences.percent(status.weight)}"
