@@ -6,16 +6,14 @@ A typer sub-application that the main CLI mounts. Talks to the state store only;
 from __future__ import annotations
 
 import json
-import time
 from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from contracts.errors import NotFoundError
-from serve.rollout import cli_report, view
+from serve.rollout import cli_report, cli_watch, view
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
 from serve.state.rollouts import StoredRollout
@@ -84,28 +82,6 @@ def status(route: MaybeRoute = None, json_out: Json = False, config: Config = No
 
 
 @app.command()
-def watch(
-    route: MaybeRoute = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
-    config: Config = None,
-) -> None:
-    """Follow the rollout live until it is decided (Ctrl-C stops watching, not the rollout)."""
-    stack = open_stack(config)
-    shown = {r.spec.id for r in _current(stack, route)}
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                shown |= {r.spec.id for r in stack.rollouts.active(route)}
-                found = [stack.rollouts.get(i) for i in sorted(shown)]
-                live.update(_panels(found, route), refresh=True)
-                if found and all(r.status.phase.terminal for r in found):
-                    return
-                time.sleep(interval)
-    except KeyboardInterrupt:
-        console.print("Stopped watching; the rollout goes on.")
-
-
-@app.command()
 def pause(route: Route, reason: Why = "", config: Config = None) -> None:
     """Keep the canary's weight where it is. Harm is still judged; 'resume' goes on."""
     _ask(route, "pause", reason, config)
@@ -158,6 +134,7 @@ def history(
     console.print(view.rollout_panel(one), view.audit_table(trail, transitions_only=not looks))
 
 
+cli_watch.register(app)
 cli_report.register(app)
 
 

@@ -115,7 +115,7 @@ def report(
         audit=_audit(stored, entries),
         reproduce=(
             f"stillhouse rollout history --id {spec.id} --looks",
-            f"stillhouse rollout replay --id {spec.id}",
+            f"stillhouse rollout replay {spec.id}",
             f"stillhouse rollout report --id {spec.id}",
         ),
         notes=_notes(stored, seen, logged, entries),
