@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.box import ASCII, ROUNDED
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, OverflowMethod, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
@@ -239,11 +239,12 @@ def last_moves(trail: Sequence[AuditEntry], look: Look) -> Table | None:
     moved = [e for e in trail if e.kind == "transition"][-_LAST:]
     if not moved:
         return None
+    cut: OverflowMethod = "crop" if look.ascii else "ellipsis"
     table = Table(box=None, pad_edge=False, show_header=False)
     for name in ("at", "what", "why"):
-        table.add_column(name, no_wrap=name != "why", overflow="ellipsis" if name == "why" else "fold")
+        table.add_column(name, no_wrap=True, overflow=cut)
     for entry in reversed(moved):
-        reason = Text(look.plain(str(entry.body.get("reason", ""))), no_wrap=True, overflow="ellipsis")
+        reason = Text(look.plain(str(entry.body.get("reason", ""))), no_wrap=True, overflow=cut)
         table.add_row(Text(when(entry.at)[11:], style="dim"), look.plain(_what(entry)), reason)
     return table
 
