@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,7 @@ from serve.rollout.decide import initial
 from serve.rollout.pace import pace
 from serve.rollout.policy import make_spec
 from serve.state.rollouts import AuditEntry
-from tests.unit.rollout_world import T0, World, demo_policy, record
+from tests.unit.rollout_world import T0, TEACHER, World, demo_policy, record
 
 
 def drawn(world: World, look: view.Look, replicas: dict[str, list[str]] | None = None) -> str:
@@ -46,13 +47,10 @@ def test_the_tree_has_both_arms_with_shares_and_replicas(ramping: World) -> None
     assert "├─ stable teacher" in out
     assert "└─ canary student-v1" in out
     assert out.count("http://10.0.0.") == 2
-    assert TEACHER_URL in out
+    assert str(TEACHER.url) in out
     assert "95 %" in out
     assert f"{counts['canary'].n:,}" in out
     assert "◉ 5 %" in out
-
-
-TEACHER_URL = "http://127.0.0.1:9000"
 
 
 def test_countdowns_are_what_the_rules_wait_for(ramping: World) -> None:
@@ -88,8 +86,9 @@ def test_a_terminal_without_unicode_gets_ascii(ramping: World) -> None:
 def test_a_pipe_gets_a_line_for_every_change(
     ramping: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No cursor movements in a log: one line a change of phase, step or weight, the last picture at the end."""
-    stack = StackHandle(ramping.rollouts, ramping.traffic, {}, lambda: None)  # type: ignore[arg-type,return-value]
+    """No cursor movements in a log: one line a change of phase, step or weight, at last the picture."""
+    no_registry: Any = None
+    stack = StackHandle(ramping.rollouts, ramping.traffic, {}, no_registry)
     monkeypatch.setattr(cli_watch, "open_stack", lambda config: stack)
     monkeypatch.setattr(cli_watch, "console", Console(width=120, force_terminal=False, no_color=True))
     monkeypatch.setattr(cli_watch.time, "sleep", lambda seconds: ramping.step())
@@ -112,9 +111,10 @@ def look_at(spec: RolloutSpec, at: float, stable: int, canary: int, logs: dict[s
     return AuditEntry(rollout_id=spec.id, tick=1, at=at, kind="look", body=body)
 
 
-def steady(
-    errors: float, at_step: int = 1, **status: object
-) -> tuple[RolloutSpec, RolloutStatus, list[AuditEntry]]:
+Steady = tuple[RolloutSpec, RolloutStatus, list[AuditEntry]]
+
+
+def steady(errors: float, at_step: int = 1) -> Steady:
     """10 requests a second, 10 % canary, evidence of 0.01 a canary request; two steps of 10 and 50 %."""
     policy = demo_policy(
         steps=(Step(weight=0.1, min_dwell_s=60), Step(weight=0.5, min_samples=100, min_dwell_s=60)),
@@ -124,7 +124,7 @@ def steady(
     spec = make_spec(policy, "support", record(), now=T0)
     begun = initial(spec)
     metric = begun.metrics[0].model_copy(update={"log_noninferior": errors})
-    values = {"phase": Phase.RAMPING, "step": at_step, "step_since": T0, "metrics": (metric,), **status}
+    values = {"phase": Phase.RAMPING, "step": at_step, "step_since": T0, "metrics": (metric,)}
     trail = [
         look_at(spec, T0, 0, 0, {"errors": errors - 1.0}),
         look_at(spec, T0 + 100, 900, 100, {"errors": errors}),

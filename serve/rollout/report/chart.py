@@ -149,7 +149,7 @@ class _Plot:
     def py(self, y: float) -> float:
         axis = self.chart.y
         share = (y - axis.low) / max(axis.high - axis.low, 1e-12)
-        return self.bottom - min(max(share, -0.5), 1.5) * (self.bottom - self.top)
+        return self.bottom - share * (self.bottom - self.top)
 
 
 def _axes(p: _Plot) -> str:

@@ -74,6 +74,9 @@ def _sequence(metric: MetricSpec, index: int, seen: Sequence[Seen], alpha: float
 
 
 def _interval(times: tuple[float, ...], found: list[sequences.Interval], alpha: float) -> Interval:
+    """The sequence from the first look on at which both arms had something to compare."""
+    begun = next((i for i, v in enumerate(found) if v.estimate != 0.0 or v.low > -1.0 or v.high < 1.0), 0)
+    times, found = times[begun:], found[begun:]
     return Interval(
         seconds=times,
         estimate=tuple(i.estimate for i in found),

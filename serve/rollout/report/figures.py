@@ -6,6 +6,7 @@ Knows nothing about HTML beyond what `chart` makes.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 from contracts.metrics import LATENCY_BUCKETS_S
@@ -64,6 +65,7 @@ def evidence(report: Report, harm: bool) -> str:
         lines.append(Line(points, f"m{index % 6 + 1}", f"{test.metric} {last}"))
     drawn = [y for line in lines for _, y in line.points] or [0.0]
     top = max(1.35 * at / _LN10, min(1.05 * max(drawn), 3.0 * at / _LN10))
+    lines = [_off_the_top(line, top) for line in lines]
     low = min(-0.5, max(1.05 * min(drawn), _LOWEST))
     does = "roll back" if harm else "promote"
     rules = [Rule(at / _LN10, f"{does} at {words.limit(at)}", "limit"), Rule(0.0, "", "zero")]
@@ -138,8 +140,14 @@ def latency(arms: tuple[ArmReport, ...], field: str, thresholds: tuple[float, ..
         rules=rules,
         width=460.0,
         height=250.0,
-        labels=110.0,
+        labels=128.0,
     ))  # fmt: skip
+
+
+def _off_the_top(line: Line, top: float) -> Line:
+    """A line whose end is not on the chart says so."""
+    above = bool(line.points) and line.points[-1][1] > top
+    return replace(line, label=f"{line.label} ↑") if above else line
 
 
 def _time(report: Report, most: int = 8) -> Axis:

@@ -81,7 +81,7 @@ def _head(report: Report) -> str:
         f"{words.utc(report.started_at)} UTC</p>"
         f"<h1>{escape(report.model_ref)} on {escape(report.route)} "
         f'<span class="badge {tone}">{sign} {escape(report.headline)}</span></h1>'
-        f'<p class="lead {tone}">{escape(report.sentence)}</p>{_tiles(report)}{notes}</header>'
+        f'<p class="lead {tone}">{_glue(report.sentence)}</p>{_tiles(report)}{notes}</header>'
     )
 
 
@@ -195,7 +195,7 @@ def _timeline(report: Report) -> str:
             f"{words.duration(m.seconds)}",
             escape(m.what),
             percent(m.weight),
-            escape(words.why(m)),
+            _glue(words.why(m)),
         )
         for m in report.timeline
     ]

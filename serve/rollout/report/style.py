@@ -84,7 +84,7 @@ summary:focus-visible,a:focus-visible{outline:2px solid var(--stable);outline-of
 .example h4{margin:0;font-size:.95rem}.example header p{margin:.2rem 0 0;max-width:none}
 .sides{display:grid;grid-template-columns:1fr 1fr}
 .sides>div{padding:.6rem .9rem;min-width:0}.sides>div+div{border-left:1px solid var(--line)}
-@media(max-width:640px){.sides{grid-template-columns:1fr}.sides>div+div{border-left:0;
+@media(max-width:640px){main>figure{overflow-x:auto}main>figure>svg{min-width:640px}.sides{grid-template-columns:1fr}.sides>div+div{border-left:0;
 border-top:1px solid var(--line)}}
 .who{font-size:.85rem;font-weight:600;margin:0}.who.stable{color:var(--stable)}
 .who.canary{color:var(--canary)}
