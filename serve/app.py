@@ -33,7 +33,7 @@ class ControllerReplica:
 
     def __init__(self, config: dict[str, Any]) -> None:
         from registry.mlflow_store import MlflowRegistry
-        from serve.rollout.aliases import promoted_hook, rolled_back_hook
+        from serve.rollout.aliases import promoted_hook, restored_hook, rolled_back_hook
         from serve.rollout.controller import Controller
         from serve.rollout.metrics import ControllerMetrics
 
@@ -47,6 +47,7 @@ class ControllerReplica:
             make_deployer(parsed, TrafficState(engine)),
             on_promoted=promoted_hook(registry),
             on_rolled_back=rolled_back_hook(registry),
+            on_restored=restored_hook(registry),
             metrics=ControllerMetrics(),
         )
         self._thread = threading.Thread(

@@ -13,6 +13,7 @@ from pathlib import Path
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
 from serve.rollout.report.price import Price
+from serve.state.outbox import OutboxState
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
@@ -24,6 +25,7 @@ class StackHandle:
 
     rollouts: RolloutState
     traffic: TrafficState
+    outbox: OutboxState
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
@@ -54,6 +56,7 @@ def open_stack(config_path: str | None) -> StackHandle:
     return StackHandle(
         RolloutState(engine),
         TrafficState(engine),
+        OutboxState(engine),
         dict(config.policies),
         open_registry,
         request_log=None if log is None else Path(log.dir),

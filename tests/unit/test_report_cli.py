@@ -19,6 +19,7 @@ from serve.rollout import cli, cli_report
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.report.model import Report
 from serve.rollout.report.price import Price
+from serve.state.outbox import OutboxState
 from tests.unit import report_log
 from tests.unit.rollout_world import World
 
@@ -33,6 +34,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     stack = StackHandle(
         made.rollouts,
         made.traffic,
+        OutboxState(made.engine),
         {},
         lambda: None,  # type: ignore[arg-type,return-value]
         request_log=log,

@@ -15,6 +15,7 @@ from contracts.traffic import Arm, LogMode, Outcome
 from serve.rollout.report.gather import Sources, gather
 from serve.rollout.report.model import Report
 from serve.rollout.report.price import Price
+from serve.state.rollouts import Tick
 from tests.unit import report_log
 from tests.unit.rollout_world import BROKEN, World, demo_policy
 
@@ -147,10 +148,11 @@ def test_a_changed_trail_is_said(promoted: World) -> None:
     """A trail that does not lead to the stored status is not called exact."""
     stored = promoted.rollouts.get(promoted.spec.id)
     status = stored.status.model_copy(update={"reason": "because I say so"})
-    promoted.rollouts.save_tick(stored, status, [])
+    promoted.rollouts.save_tick(Tick(stored, status))
     audit = made(promoted).audit
     assert not audit.exact
-    assert audit.mismatches == ("the replayed status is not the stored one",)
+    assert len(audit.mismatches) == 1
+    assert "the trail ends at" in audit.mismatches[0]
 
 
 def test_a_harmful_student_and_its_reason(tmp_path: Path) -> None:
@@ -277,3 +279,18 @@ def test_rows_without_texts_say_so(promoted: World, tmp_path: Path) -> None:
     assert example.other is None
     assert "not kept" in example.relation
     assert example.diff == ()
+
+
+def test_what_the_watch_saw_is_not_mixed_into_the_ramp(tmp_path: Path) -> None:
+    """After the promotion the arms are swapped: the ramp's counts stay what the decision was made of."""
+    world = World(tmp_path, demo_policy(watch_s=60.0, holdback=0.2))
+    world.until(Phase.WATCHING)
+    decided = {arm.arm: arm.requests for arm in made(world).arms}
+    for _ in range(20):
+        world.step()
+    report = made(world)
+    assert world.status.phase is Phase.WATCHING
+    assert report.headline == "promoted, watched for late harm"
+    assert {arm.arm: arm.requests for arm in report.arms} == decided
+    assert not any("do not add up" in note for note in report.notes)
+    assert report.audit.exact

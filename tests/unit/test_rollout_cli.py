@@ -17,6 +17,7 @@ from serve.rollout import cli, cli_report, cli_watch
 from serve.rollout.aliases import promoted_hook, rolled_back_hook
 from serve.rollout.cli_stack import StackHandle
 from serve.rollout.start import start_rollout
+from serve.state.outbox import OutboxState
 from tests.unit.rollout_world import BROKEN, World, demo_policy, record
 
 runner = CliRunner()
@@ -32,7 +33,8 @@ class Desk:
         handle = StackHandle(
             self.world.rollouts,
             self.world.traffic,
-            {"demo": demo_policy()},
+            OutboxState(self.world.engine),
+            {"demo": demo_policy(cooldown_s=0.0)},
             lambda: self.registry,
             reports=folder / "reports",
         )

@@ -117,6 +117,17 @@ def test_better_asks_for_superiority() -> None:
     assert (more["score.judge"].verdict, more["strict"].verdict) == (Verdict.PASS, Verdict.PASS)
 
 
+def test_better_pairs_must_win_more_than_they_lose() -> None:
+    """As many wins as losses are no worse, but not better; twice as many are both."""
+    strict = PAIRS.model_copy(update={"better": True, "name": "strict"})
+    of = spec(ERRORS, PAIRS, strict)
+    even, ahead = ((lost, *(0,) * 9, 10, *(0,) * 9, won) for lost, won in ((15, 15), (10, 20)))
+    drawn = after(of, *[scored(40, judged=even)] * 20)
+    won = after(of, *[scored(40, judged=ahead)] * 20)
+    assert (drawn["pairs.judge"].verdict, drawn["strict"].verdict) == (Verdict.PASS, Verdict.INCONCLUSIVE)
+    assert (won["pairs.judge"].verdict, won["strict"].verdict) == (Verdict.PASS, Verdict.PASS)
+
+
 def test_better_errors_are_tested_at_margin_zero() -> None:
     """The same for rates: two_sample with a margin of 0."""
     of = spec(ERRORS.model_copy(update={"better": True}))

@@ -17,6 +17,7 @@ from serve.rollout.cli_stack import StackHandle
 from serve.rollout.decide import initial
 from serve.rollout.pace import pace
 from serve.rollout.policy import make_spec
+from serve.state.outbox import OutboxState
 from serve.state.rollouts import AuditEntry
 from tests.unit.rollout_world import T0, TEACHER, World, demo_policy, record
 
@@ -88,7 +89,7 @@ def test_a_pipe_gets_a_line_for_every_change(
 ) -> None:
     """No cursor movements in a log: one line a change of phase, step or weight, at last the picture."""
     no_registry: Any = None
-    stack = StackHandle(ramping.rollouts, ramping.traffic, {}, no_registry)
+    stack = StackHandle(ramping.rollouts, ramping.traffic, OutboxState(ramping.engine), {}, no_registry)
     monkeypatch.setattr(cli_watch, "open_stack", lambda config: stack)
     monkeypatch.setattr(cli_watch, "console", Console(width=120, force_terminal=False, no_color=True))
     monkeypatch.setattr(cli_watch.time, "sleep", lambda seconds: ramping.step())

@@ -194,6 +194,26 @@ def test_counts_of_another_length_are_refused() -> None:
         betting.look(betting.start(), (1, 2, 3), pass_fail(1, 1), 0.01, 0.05)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.lists(st.sampled_from([0, 0, 1, 10**6]), min_size=21, max_size=21)] * 2),
+        min_size=2,
+        max_size=4,
+    ),
+    st.sampled_from([(0.0, 0.0), (0.0, 1e-6), (0.01, 0.05), (0.9, 0.999)]),
+)
+def test_no_counts_make_it_overflow_or_lose_everything(
+    windows: list[tuple[list[int], list[int]]], distances: tuple[float, float]
+) -> None:
+    """Empty, tiny, huge and lopsided windows, and margins from none to all: e-values stay finite."""
+    state = betting.start()
+    for b, c in windows:
+        state = betting.look(state, b, c, *distances)
+        assert all(math.isfinite(v) for part in state for v in part)
+        assert math.isfinite(betting.log_harm(state) + betting.log_noninferior(state))
+
+
 COUNTS = st.one_of(st.just(()), st.lists(st.integers(0, 50), min_size=21, max_size=21).map(tuple))
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.metrics import SCORE_STEPS, SCORE_VALUES, pass_fail
-from serve.rollout.stats import sequences
+from serve.rollout.stats import betting, sequences
+from serve.rollout.stats.combine import log_mean_exp
 from serve.rollout.stats.two_sample import Window
 
 
@@ -76,6 +77,33 @@ def test_the_difference_is_covered_at_all_times_through_ramp_and_incident() -> N
     assert missed <= 40 * 0.05 + 2.33 * math.sqrt(40 * 0.05 * 0.95)
 
 
+def log_wealth_above(windows: list[Window], delta: float) -> float:
+    """Log of the capital of who bets that the difference is above delta, one delta at a time."""
+    stable = canary = betting.Moments()
+    logs = [0.0] * len(sequences._FRACTIONS)
+    for w in windows:
+        b, c = [(0.0, w.n_b - w.k_b), (1.0, w.k_b)], [(0.0, w.n_c - w.k_c), (1.0, w.k_c)]
+        ratio = w.n_c / w.n_b
+        if stable.n > 0:
+            record = betting.record_of(stable, canary)
+            at, base = betting.centres(stable, record, ratio, -delta)
+            for i, f in enumerate(sequences._FRACTIONS):
+                lam = f * min(1 / max(at, 0.005), 1 / (ratio * (1 - base)))
+                logs[i] += betting.log_wealth(c, lam, at) + betting.log_wealth(b, -lam * ratio, base)
+        stable, canary = betting.remember(stable, b), betting.remember(canary, c)
+    return log_mean_exp(logs)
+
+
+def test_the_lower_bound_is_where_a_bet_on_more_has_won_two_over_alpha() -> None:
+    """Each direction gets half of alpha: the capital passes 2/alpha between just below and just above it."""
+    rng = np.random.default_rng(10)
+    windows = [Window(270, int(rng.binomial(270, 0.02)), 30, int(rng.binomial(30, 0.1))) for _ in range(40)]
+    for alpha in (0.05, 0.2):
+        low = sequences.risk_difference(windows, alpha)[-1].low
+        level = math.log(2 / alpha)
+        assert log_wealth_above(windows, low - 0.002) >= level > log_wealth_above(windows, low + 0.002)
+
+
 def test_a_ramp_does_not_bias_the_difference() -> None:
     """An incident while the canary is at 50 % inflates its pooled rate; the estimate stays at zero."""
     quiet, incident = [Window(2970, 30, 30, 0)] * 10, [Window(1500, 150, 1500, 150)] * 10
@@ -104,6 +132,20 @@ def test_scores_and_swapped_arms() -> None:
     assert ours.estimate == pytest.approx(0.2)
     assert 0.0 < ours.low < 0.2 < ours.high
     assert (-swapped.high, -swapped.low) == pytest.approx((ours.low, ours.high), abs=0.02)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(*[st.lists(st.sampled_from([0, 0, 1, 5000]), min_size=21, max_size=21)] * 2),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_no_counts_break_an_interval(windows: list[tuple[list[int], list[int]]]) -> None:
+    """Empty, tiny, huge and lopsided windows: -1 <= low <= estimate <= high <= 1, never NaN."""
+    for low, estimate, high in sequences.difference(windows):
+        assert -1.0 - 1e-9 <= low <= estimate <= high <= 1.0 + 1e-9
 
 
 def test_without_data_everything_is_possible() -> None:

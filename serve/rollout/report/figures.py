@@ -26,6 +26,7 @@ _PHASE_STYLES = {
     Phase.RAMPING: "going",
     Phase.HELD: "waiting",
     Phase.PAUSED: "waiting",
+    Phase.WATCHING: "good",
     Phase.PROMOTING: "good",
     Phase.PROMOTED: "good",
     Phase.ROLLING_BACK: "bad",

@@ -68,14 +68,17 @@ def windows(spec: RolloutSpec, trail: Iterable[AuditEntry]) -> Iterator[Seen]:
     """The windows in the order in which they were consumed.
 
     A tick between two looks is audited with what it saw but consumes nothing, so only looks and the last tick
-    of a drain count.
+    of a drain count; those of the watch after a promotion are another comparison, with the arms swapped.
     """
     weights: dict[int, float] = {}
-    look = -1
+    look, watching, watched = -1, False, False
     for entry in trail:
         look += entry.kind == "look"
-        body = entry.body
-        if "observation" not in body:
+        body, of_watch = entry.body, watching or watched
+        if entry.kind == "transition":
+            watching = body.get("to") == Phase.WATCHING.value
+            watched = watched or watching
+        if of_watch or "observation" not in body:
             continue
         seen = Observation.model_validate(body["observation"])
         if seen.split is not None:

@@ -29,6 +29,8 @@ def headline(stored: StoredRollout) -> str:
     """What was decided, in a few words."""
     status = stored.status
     if status.decision is not None:
+        if status.phase is Phase.WATCHING:
+            return "promoted, watched for late harm"
         said = _HEADLINES.get(status.decision, status.decision.replace("_", " "))
         return said if status.phase.terminal else f"{said}, draining"
     if stored.spec.hold_final:
