@@ -12,7 +12,7 @@ from contracts.commands import check_verb
 from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
 from contracts.gates import Verdict
 from contracts.model import ModelRecord
-from contracts.rollout import RolloutSpec
+from contracts.rollout import Phase, RolloutSpec
 from registry.store import Registry, parse_ref
 from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial

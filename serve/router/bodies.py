@@ -29,7 +29,7 @@ def parse(body: bytes) -> Any:
 
 
 def may_hold_long_integer(body: bytes) -> bool:
-    """True when there are that many digits in a row, in a number or in a text. Looked at a sample of the bytes first."""
+    """True when there are that many digits in a row, in a number or in a text."""
     # Of 19 bytes in a row every sixth is at least three: bodies without such a three need no closer look.
     return _SPARSE in body[::6].translate(_DIGITS) and _LONG in body.translate(_DIGITS)
 
