@@ -159,7 +159,9 @@ print(reply.choices[0].message.content)
     if config.router.keys:
         console.print("Requests need a key: 'stillhouse keys create NAME' makes one.")
     if record.admin_url:
-        console.print(f"Admin API: {record.admin_url}; 'stillhouse keys create NAME --admin' makes its key.")
+        console.print(
+            f"Console: {record.admin_url}/console; 'stillhouse keys create NAME --admin' makes its key."
+        )
 
 
 def _python_path() -> str:

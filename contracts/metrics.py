@@ -193,6 +193,18 @@ class ArmCounts(Record):
         return sum(self.scores.get(grader, ())[: score_bin(pass_at)])
 
 
+def bucket_quantile(buckets: tuple[int, ...], q: float) -> float | None:
+    """Upper edge in seconds of a quantile's bucket; None without counts, or when it is the overflow."""
+    left = q * sum(buckets)
+    if left <= 0:
+        return None
+    for count, edge in zip(buckets, LATENCY_BUCKETS_S, strict=False):
+        left -= count
+        if left <= 0:
+            return edge
+    return None
+
+
 def score_bin(score: float) -> int:
     """Where a score in [0, 1] is counted. Raises ValueError outside, and for NaN."""
     if not 0.0 <= score <= 1.0:

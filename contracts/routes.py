@@ -56,6 +56,16 @@ class RouteLimits(Record):
     """Completion tokens a request may ask for; more is refused, none asked for means this many."""
 
 
+class RouteTimeouts(Record):
+    """Seconds to wait for this route's upstreams; None: as long as the router does everywhere."""
+
+    first_byte_s: float | None = Field(default=None, gt=0)
+    """From asking an upstream to the first byte of its body; a failure here can still fall back."""
+    between_chunks_s: float | None = Field(default=None, gt=0)
+    total_s: float | None = Field(default=None, gt=0)
+    """For the whole exchange: queue, retries and helpers included."""
+
+
 class ShadowFields(Record):
     """How much of the traffic a shadow sees."""
 
@@ -83,6 +93,7 @@ class RouteFields(Record):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Request fields that are filled in when the client leaves them out, e.g. {"temperature": 0}."""
     limits: RouteLimits = RouteLimits()
+    timeouts: RouteTimeouts = RouteTimeouts()
     affinity: Affinity = Affinity.NONE
     log: LogPolicy = LogPolicy()
 

@@ -155,7 +155,11 @@ class Stack:
         """The student before quantization, served as the stack serves students; it never gets traffic."""
         folder = str(self.manifests()["train"]["outputs"]["student"]["path"])
         engine = VllmProcess(
-            folder, "student", self.config.students, "127.0.0.1", self.out / "logs" / "bf16-student.log"
+            folder,
+            "student",
+            self.config.students.options(),
+            "127.0.0.1",
+            self.out / "logs" / "bf16-student.log",
         )
         engine.start()
         try:

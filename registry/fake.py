@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from pathlib import Path
 
 from contracts.errors import DataError, NotFoundError
 from contracts.model import AliasEvent, ModelRecord
 from registry.digest import digest_folder
-from registry.store import check_alias, check_name, parse_ref, resolve
+from registry.store import alias_event, check_alias, check_name, parse_ref, resolve
 
 
 class FakeRegistry:
@@ -85,18 +84,9 @@ class FakeRegistry:
             if version is not None:
                 resolve(f"{name}:{version}", [r.version or 0 for r in self.history(name)], current)
             events = self._events.setdefault(name, [])
-            mine = [e for e in events if e.alias == alias]
-            if mine and mine[-1].version == version:
-                return mine[-1]
-            event = AliasEvent(
-                name=name,
-                alias=alias,
-                version=version,
-                previous=current.get(alias),
-                at=time.time(),
-                by=by,
-                reason=reason,
-            )
+            event, new = alias_event(events, current, name, alias, version, by, reason)
+            if not new:
+                return event
             events.append(event)
             held = self._aliases.setdefault(name, {})
             held.pop(alias, None)

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlparse
 from contracts.errors import ConflictError, DataError, NotFoundError, StateError
 from contracts.model import AliasEvent, ModelRecord
 from registry.digest import digest_folder
-from registry.store import Registry, check_alias, check_name, parse_ref, resolve
+from registry.store import Registry, alias_event, check_alias, check_name, parse_ref, resolve
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -33,8 +33,6 @@ EXPERIMENT = "stillhouse"
 _DIGEST, _RECORD, _CHECKSUM = "stillhouse.digest", "stillhouse.record", "stillhouse.record_sha256"
 _EVENT = "stillhouse.alias_event."
 _FOLDER = "artifact"
-# MLflow's column for a registered model's tag holds 5,000 characters; an event must fit.
-_REASON_CHARS = 2_000
 
 
 def sqlite_uri(database: Path) -> str:
@@ -125,19 +123,9 @@ class MlflowRegistry:
             held = self._aliases(client, name)
             if version is not None:
                 self._version(client, f"{name}:{version}")
-            events = [e for e in self._events(client, name) if e.alias == alias]
-            if events and events[-1].version == version:
-                event = events[-1]
-            else:
-                event = AliasEvent(
-                    name=name,
-                    alias=alias,
-                    version=version,
-                    previous=held.get(alias),
-                    at=time.time(),
-                    by=by,
-                    reason=reason[:_REASON_CHARS],
-                )
+            events = self._events(client, name)
+            event, new = alias_event(events, held, name, alias, version, by, reason)
+            if new:
                 key = f"{_EVENT}{time.time_ns():020d}.{uuid.uuid4().hex[:8]}"
                 client.set_registered_model_tag(name, key, event.model_dump_json())
             if version is None and alias in held:

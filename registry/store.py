@@ -7,6 +7,8 @@ and each move is an append-only AliasEvent. Knows nothing about how either is st
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,8 @@ from contracts.errors import ConfigError, NotFoundError
 from contracts.model import AliasEvent, ModelRecord
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+_REASON_CHARS = 2_000
+"""MLflow's column for a registered model's tag holds 5,000 characters; an event must fit."""
 _ALIAS = re.compile(r"^[a-z][a-z0-9_-]{0,63}$")
 
 
@@ -66,6 +70,36 @@ class Registry(Protocol):
 
     def alias_events(self, name: str) -> list[AliasEvent]:
         """Every move of every alias of a model, oldest first."""
+
+
+def alias_event(
+    events: Sequence[AliasEvent],
+    held: Mapping[str, int],
+    name: str,
+    alias: str,
+    version: int | None,
+    by: str,
+    reason: str,
+) -> tuple[AliasEvent, bool]:
+    """The event of a move, and whether it is new: a move that was the alias's last is not made twice.
+
+    Args:
+        events: all events of the model, oldest first.
+        held: where its aliases point now.
+    """
+    mine = [e for e in events if e.alias == alias]
+    if mine and mine[-1].version == version:
+        return mine[-1], False
+    made = AliasEvent(
+        name=name,
+        alias=alias,
+        version=version,
+        previous=held.get(alias),
+        at=time.time(),
+        by=by,
+        reason=reason[:_REASON_CHARS],
+    )
+    return made, True
 
 
 def parse_ref(ref: str) -> Ref:

@@ -86,7 +86,7 @@ def build_controller_app(config: ServeConfig) -> ray_serve.Application:
 
 def make_deployer(config: ServeConfig, traffic: TrafficState) -> ServeDeployer:
     """The Deployer of this stack's students."""
-    return ServeDeployer(traffic, config.students, config.state_url, str(config.log_dir))
+    return ServeDeployer(traffic, config.students.options(), config.state_url, str(config.log_dir))
 
 
 def engine_applications(config: ServeConfig) -> dict[str, ray_serve.Application]:

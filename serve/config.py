@@ -19,6 +19,7 @@ from contracts.routes import RouteFields, RouteSettings, Shadow, ShadowFields
 from contracts.traffic import NAME, Upstream
 from serve.engine.config import EngineOptions
 from serve.rollout.policy import RolloutPolicy
+from serve.rollout.report.price import Price
 from serve.router.config import RequestLogConfig, RouterConfig
 
 CONFIG_ENV = "STILLHOUSE_CONFIG"
@@ -30,6 +31,9 @@ class HttpSection(StrictConfig):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    haproxy_standby: bool = True
+    """Two HAProxy processes of the stack's own on this address, so that one may die at any time. Only with a
+    Ray of our own and its `haproxy`; a cluster has one on every node, and something in front of them."""
 
 
 class AdminSection(StrictConfig):
@@ -72,6 +76,9 @@ class UpstreamSection(StrictConfig):
     """Model name the upstream expects; needed with a url, defaults to the upstream's name with an engine."""
     api_key_env: str | None = None
     """Environment variable that holds the key for the url."""
+    cost: Price | None = None
+    """What it costs, for rollout reports: `{prompt_per_million, completion_per_million}` of a hosted model,
+    or `{per_hour}` of machines of our own; None: not known, and said so."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> UpstreamSection:
@@ -109,6 +116,17 @@ class RouteSection(RouteFields):
         """Every upstream this section names."""
         shadow = [] if self.shadow is None else [self.shadow.upstream]
         return [self.upstream, *self.fallbacks, *shadow]
+
+
+class StudentsSection(EngineOptions):
+    """How the students that rollouts deploy are run, and what one costs."""
+
+    cost: Price | None = None
+    """As of an upstream; usually `{per_hour}`, of all replicas of one student together."""
+
+    def options(self) -> EngineOptions:
+        """What an engine is started with."""
+        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
 
 
 class RouterSection(RouterConfig):
@@ -149,8 +167,8 @@ class ServeConfig(StrictConfig):
     """Route (the model name clients ask for) → the upstream that answers before any rollout, and settings."""
     policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
     """Rollout policies by name; 'default' is used when none is named."""
-    students: EngineOptions = EngineOptions()
-    """Engine options of the students that rollouts deploy."""
+    students: StudentsSection = StudentsSection()
+    """Engine options of the students that rollouts deploy, and their cost."""
     start_timeout_s: float = Field(default=900.0, gt=0)
     """`up` gives up when the stack did not answer after this."""
 
@@ -222,6 +240,11 @@ class ServeConfig(StrictConfig):
         fields["routes"] = self.router.routes or tuple(self.routes)
         fields["log"] = self.router.log or RequestLogConfig(dir=str(self.run_dir / "requests"))
         return RouterConfig(**fields)
+
+    @property
+    def own_front(self) -> bool:
+        """True when the public address is served by HAProxy processes of the stack's own."""
+        return self.http.haproxy_standby and self.ray.haproxy and self.ray.address is None
 
     @property
     def log_dir(self) -> Path:

@@ -203,7 +203,10 @@ VLLM_ROUTER, LITELLM = "vllm-router 0.1.17", "LiteLLM proxy 1.109.1"
 
 GATEWAYS = [
     Gateway(
-        OURS, "one process, key check, canary at 50 %, usage, request log, metrics", _stillhouse, ours=True
+        OURS,
+        "one process a core, key check, canary at 50 %, usage, request log, metrics",
+        _stillhouse,
+        ours=True,
     ),
     Gateway(VLLM_ROUTER, "Rust, its defaults, metrics", _vllm_router, "vllm-router"),
     Gateway("sglang-router 0.3.2", "Rust, its defaults, metrics", _sglang_router, "sglang-router"),

@@ -120,7 +120,17 @@ class Rig:
     def _start_router(self) -> None:
         path = self._folder / f"router-{len(self._routers)}.json"
         path.write_text(self._config.model_dump_json())
-        command = [sys.executable, "-m", "serve.router", "--config", str(path), "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "serve.router",
+            "--config",
+            str(path),
+            "--port",
+            "0",
+            "--workers",
+            "1",
+        ]
         command += ["--multiproc-dir", str(self._folder / "metrics")]
         router = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
         self._routers.append(router)

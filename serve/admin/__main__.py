@@ -45,7 +45,8 @@ def serve(config_path: str, host: str, port: int, insecure: bool, log_level: str
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     app = create_app(open_state(load_config(config_path, RouterConfig).state_url), insecure)
     listener = socket.create_server((host, port), backlog=128)
-    print(f"admin API listens on http://{host}:{listener.getsockname()[1]}", flush=True)
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"admin API listens on {url}\nconsole: {url}/console", flush=True)
     config = uvicorn.Config(
         app,
         loop="uvloop",

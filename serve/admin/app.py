@@ -1,4 +1,4 @@
-"""The admin API as one application: keys, routes, and a look at the stack, behind an admin key.
+"""The admin API as one application: keys, routes, rollouts, the stack behind an admin key, and the console.
 
 Talks to the state store only; routers learn of every change through their polls. Knows nothing about how it
 is hosted.
@@ -12,13 +12,16 @@ from typing import Any
 from fastapi import FastAPI
 from sqlalchemy import Engine
 
-from serve.admin.auth import AdminOnly
+from serve.admin.auth import HEALTH, AdminOnly
 from serve.admin.errors import DOCUMENTED, install
+from serve.admin.events import events_router
 from serve.admin.keys import key_router
+from serve.admin.pages import console_router, open_paths
+from serve.admin.rollouts import rollout_router
 from serve.admin.routes import route_router
 from serve.state.keys import KeyState
 
-_ABOUT = "Keys, routes and upstreams of one Stillhouse. Every request needs an admin key as a bearer token."
+_ABOUT = "Keys, routes and rollouts of one Stillhouse. Every request needs an admin key as a bearer token."
 
 
 class AdminApp(FastAPI):
@@ -51,9 +54,13 @@ def create_app(engine: Engine, insecure: bool = False) -> FastAPI:
     install(app)
     app.include_router(key_router(keys))
     app.include_router(route_router(engine))
-    app.add_middleware(AdminOnly, find=None if insecure else keys.find)
+    app.include_router(rollout_router(engine))
+    app.include_router(events_router(engine))
+    app.include_router(console_router(insecure))
+    find = None if insecure else keys.find
+    app.add_middleware(AdminOnly, find=find, open_paths=open_paths() | {HEALTH})
 
-    @app.get("/health", include_in_schema=False)
+    @app.get(HEALTH, include_in_schema=False)
     def health() -> dict[str, str]:
         """Open to everybody; says nothing but that this process answers."""
         return {"status": "ok"}

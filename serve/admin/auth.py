@@ -22,7 +22,7 @@ from serve.router.keys import secret_of
 from serve.state.keys import digest_of
 
 MAX_BODY_BYTES = 2**20
-OPEN = "/health"
+HEALTH = "/health"
 _LOCAL_HOSTS = frozenset(("127.0.0.1", "localhost", "::1"))
 
 _TOO_LARGE = f"The body is larger than {MAX_BODY_BYTES} bytes."
@@ -35,13 +35,14 @@ Find = Callable[[str], ApiKey | None]
 class AdminOnly:
     """ASGI middleware. `find`: digest → key; None only on loopback, for `--insecure`."""
 
-    def __init__(self, app: ASGIApp, find: Find | None) -> None:
+    def __init__(self, app: ASGIApp, find: Find | None, open_paths: frozenset[str]) -> None:
         self._app = app
         self._find = find
+        self._open = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
-        if scope["type"] != "http" or scope["path"] == OPEN:
+        if scope["type"] != "http" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         headers = scope["headers"]

@@ -80,6 +80,9 @@ def engine_environment(
 ) -> dict[str, str]:
     """The environment of an engine's process: `base` (default: ours) with what vLLM needs to behave here."""
     env = dict(os.environ if base is None else base)
+    # The controller's, which Ray hands on to every application that it deploys: vLLM would count in the files
+    # of the routers, and its /metrics would speak for every engine that does, dead ones included.
+    env.pop("PROMETHEUS_MULTIPROC_DIR", None)
     env.update(
         VLLM_NO_USAGE_STATS="1",
         VLLM_DO_NOT_TRACK="1",

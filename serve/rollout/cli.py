@@ -6,16 +6,14 @@ A typer sub-application that the main CLI mounts. Talks to the state store only;
 from __future__ import annotations
 
 import json
-import time
 from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.text import Text
 
 from contracts.errors import NotFoundError
-from serve.rollout import view
+from serve.rollout import cli_report, cli_watch, view
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.messages import messages_table
 from serve.rollout.policy import ab_policy
@@ -94,28 +92,6 @@ def status(route: MaybeRoute = None, json_out: Json = False, config: Config = No
         typer.echo(json.dumps([view.as_json(r) for r in found], indent=2))
         return
     console.print(_panels(found, route))
-
-
-@app.command()
-def watch(
-    route: MaybeRoute = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
-    config: Config = None,
-) -> None:
-    """Follow the rollout live until it is decided (Ctrl-C stops watching, not the rollout)."""
-    stack = open_stack(config)
-    shown = {r.spec.id for r in _current(stack, route)}
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                shown |= {r.spec.id for r in stack.rollouts.active(route)}
-                found = [stack.rollouts.get(i) for i in sorted(shown)]
-                live.update(_panels(found, route), refresh=True)
-                if found and all(r.status.phase.terminal for r in found):
-                    return
-                time.sleep(interval)
-    except KeyboardInterrupt:
-        console.print("Stopped watching; the rollout goes on.")
 
 
 @app.command()
@@ -205,6 +181,10 @@ def replay_command(
         console.print(found.sentence())
     if not found.exact:
         raise typer.Exit(1)
+
+
+cli_watch.register(app)
+cli_report.register(app)
 
 
 def _ask(route: str, verb: str, reason: str, config: str | None) -> None:

@@ -6,11 +6,13 @@ Tests give their own StackHandle. Knows nothing about the commands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
+from serve.rollout.report.price import Price
 from serve.state.outbox import OutboxState
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
@@ -27,6 +29,13 @@ class StackHandle:
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
+    request_log: Path | None = None
+    """Folder of the request log."""
+    reports: Path = Path("reports")
+    """Where reports are written unless told otherwise."""
+    prices: dict[str, Price] = field(default_factory=dict)
+    """Upstream → what it costs, as far as the configuration says."""
+    student_price: Price | None = None
 
 
 def open_stack(config_path: str | None) -> StackHandle:
@@ -43,6 +52,15 @@ def open_stack(config_path: str | None) -> StackHandle:
 
         return MlflowRegistry(config.registry_uri)
 
+    log = config.router_config().log
     return StackHandle(
-        RolloutState(engine), TrafficState(engine), OutboxState(engine), dict(config.policies), open_registry
+        RolloutState(engine),
+        TrafficState(engine),
+        OutboxState(engine),
+        dict(config.policies),
+        open_registry,
+        request_log=None if log is None else Path(log.dir),
+        reports=config.run_dir / "reports",
+        prices={name: u.cost for name, u in config.upstreams.items() if u.cost is not None},
+        student_price=config.students.cost,
     )

@@ -33,12 +33,11 @@ from serve.rollout.notices import notices
 from serve.rollout.observation import Action, Decision, Observation
 from serve.rollout.observe import Observer, loser_of
 from serve.rollout.replay import audit_entries, canonical
-from serve.state.rollouts import RolloutState, StoredRollout, Tick
+from serve.state.rollouts import CONTROLLER_LEASE, RolloutState, StoredRollout, Tick
 from serve.state.traffic import TrafficState
 
 log = logging.getLogger(__name__)
 
-LEASE = "rollout-controller"
 Hook = Callable[[RolloutSpec], None]
 _Decided = tuple[Tick, Observation, Decision]
 
@@ -111,7 +110,7 @@ class Controller:
         self._leads_until, self._lapsed = 0.0, True
         telling.join(10)
         self._confirmer.close()
-        self._rollouts.release_lease(LEASE, self.holder)
+        self._rollouts.release_lease(CONTROLLER_LEASE, self.holder)
 
     def leading(self) -> bool:
         """True while this process may act: it holds the lease and has not sat on it for too long."""
@@ -157,7 +156,7 @@ class Controller:
         """Take or renew the lease. In mid-tick the view stays as it is: the status versions guard it."""
         self._lapsed = self._lapsed or not self.leading()
         asked_at = time.monotonic()
-        if not self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s):
+        if not self._rollouts.acquire_lease(CONTROLLER_LEASE, self.holder, self._lease_ttl_s):
             self._leads_until = 0.0
             return False
         # Counted from before it was asked for, and shorter than the store says: this clock gives up first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import time
 
+from contracts.commands import check_verb
 from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
 from contracts.gates import Verdict
 from contracts.model import ModelRecord
@@ -19,15 +20,6 @@ from serve.rollout.notices import started
 from serve.rollout.policy import BUILT_IN, RolloutPolicy, make_spec
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.traffic import TrafficState
-
-_TRAFFIC = (Phase.RAMPING, Phase.HELD, Phase.PAUSED)
-_ALLOWED = {
-    "pause": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD),
-    "resume": (Phase.PENDING, Phase.WARMING, Phase.PAUSED),
-    "approve": _TRAFFIC,
-    "promote": (*_TRAFFIC, Phase.WATCHING),
-    "abort": (Phase.PENDING, Phase.WARMING, *_TRAFFIC, Phase.WATCHING),
-}
 
 
 def start_rollout(
@@ -131,15 +123,12 @@ def check_gates(record: ModelRecord) -> None:
 def ask(
     rollouts: RolloutState, route: str, verb: str, *, by: str | None = None, reason: str = ""
 ) -> StoredRollout:
-    """Ask the controller for pause, resume, approve, promote or abort; returns the rollout it was asked of.
+    """Ask the controller for one of contracts.commands.VERBS; returns the rollout it was asked of.
 
     Raises: ConflictError when the rollout's phase does not allow it, NotFoundError without an active one.
     """
     stored = active_rollout(rollouts, route)
-    phase = stored.status.phase
-    if phase not in _ALLOWED[verb] or (verb == "resume" and not stored.status.paused):
-        fits = ", ".join(p.value for p in _ALLOWED[verb] if verb != "resume" or p is Phase.PAUSED)
-        raise ConflictError(f"{verb} is not possible: the rollout is {phase.value}; it must be {fits}.")
+    check_verb(verb, stored.status)
     rollouts.add_command(stored.spec.id, verb, by or getpass.getuser(), reason)
     return stored
 

@@ -16,7 +16,7 @@ from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
 from serve.router.served import ServedIds
 from serve.router.table import RouteTable
-from serve.router.tracing import Tracer
+from serve.router.tracing import Refusal, Tracer
 
 
 class Accounts:
@@ -67,6 +67,11 @@ class Accounts:
             self._log.submit(ex)
         if self._tracer is not None:
             self._tracer.submit(ex)
+
+    def refused(self, refusal: Refusal) -> None:
+        """A request that no arm was asked for; the metrics have counted it."""
+        if self._tracer is not None:
+            self._tracer.refuse(refusal)
 
     def release(self, ex: Exchange) -> None:
         """It runs no longer; nothing else is noted."""

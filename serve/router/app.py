@@ -49,6 +49,11 @@ from serve.router.verdicts import Verdicts
 _log = logging.getLogger("stillhouse.router")
 
 _LOCAL = ("/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+_STORED = "/v1/responses/"
+_NO_STORE = (
+    "Responses are not kept here: a replica that stored one is known to nobody but itself. "
+    "Send the conversation in 'input' instead of 'previous_response_id'."
+)
 _SWITCH_INTERVAL_S = 0.0001
 _LAST_UPLOAD_S = 20.0
 
@@ -86,6 +91,9 @@ class RouterApp:
             await self._desk.handle(scope, receive, send)
         elif scope["method"] in ("GET", "HEAD") and (path in _LOCAL or path.startswith("/v1/models/")):
             await self._local(path, scope, send)
+        elif path.startswith(_STORED):
+            self._metrics.refused(404, OTHER)
+            await send_json(send, 404, error_body(_NO_STORE, "invalid_request_error", "response_not_found"))
         else:
             known = (
                 path in ROUTED
@@ -186,6 +194,10 @@ class RouterApp:
         intake = Intake(config, self._table, self._keys, self._tracer)
         self._proxy = Proxy(config, intake, self._table, self._pools, self._client, self._metrics, accounts)
         _log.info("router %s started with routes %s", self.replica, self._table.names())
+
+    def listens(self, address: str) -> None:
+        """To be called after `startup` by whoever made a server for this application, with its host:port."""
+        self._sync.listens(address)
 
     async def shutdown(self) -> None:
         """Finish what is running, then store all evidence and rows."""

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-import orjson
-
 from contracts.traffic import Arm, Assignment, Reason, Split, UnitKind, bounded_unit, hash_unit
+from serve.router.bodies import dump
 
 _TWO_64 = float(2**64)
 _BELOW_ONE = 1.0 - 2.0**-53
@@ -81,5 +80,5 @@ def _first_messages(messages: object) -> str | None:
             head = [
                 (m.get("role"), m.get("content")) if isinstance(m, dict) else m for m in messages[: at + 1]
             ]
-            return sha256(orjson.dumps(head, option=orjson.OPT_SORT_KEYS)).hexdigest()
+            return sha256(dump(head, sort_keys=True)).hexdigest()
     return None

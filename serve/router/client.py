@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
@@ -79,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._framed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._take: Callable[[bytes], bool] | None = None
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
 
@@ -97,7 +99,8 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as err:
             self._why = f"the answer is not HTTP: {err}"
             self.close()
-        self._wake()
+        if self._take is None or self._handed_on():
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -192,13 +195,22 @@ class Connection(asyncio.Protocol):
             if self._closed:
                 raise Broken(self._why)
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._buffered = 0
-        if self._paused and self._transport is not None:
-            self._transport.resume_reading()
-            self._paused = False
-        return data
+        return self._taken()
+
+    async def pump(self, take: Callable[[bytes], bool]) -> None:
+        """Call `take` with every piece of the body the moment it comes, without waking a task for each.
+
+        Returns when `take` says False, or when there is nothing more to come: `read` tells which end it is.
+        """
+        if self._chunks and not take(self._taken()):
+            return
+        if self.complete or self._closed:
+            return
+        self._take = take
+        try:
+            await self._wait()
+        finally:
+            self._take = None
 
     async def read_all(self) -> bytes:
         """The whole body."""
@@ -216,6 +228,24 @@ class Connection(asyncio.Protocol):
         self._closed = True
         if self._transport is not None:
             self._transport.abort()
+
+    def _taken(self) -> bytes:
+        """What has come of the body."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if self._paused and self._transport is not None:
+            self._transport.resume_reading()
+            self._paused = False
+        return data
+
+    def _handed_on(self) -> bool:
+        """Give what came to whoever pumps; True when that has to be woken."""
+        assert self._take is not None
+        if self._chunks and not self._take(self._taken()):
+            self._take = None
+            return True
+        return self.complete or self._closed
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

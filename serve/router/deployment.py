@@ -28,7 +28,7 @@ class RouterReplica:
         from serve.router.server import bounds_of
 
         app = create_app(self._config)
-        serve_directly(app, bounds_of(self._config))
+        serve_directly(app, bounds_of(self._config), app.listens)
         return app
 
 

@@ -40,9 +40,10 @@ class Exchange:
 
     __slots__ = (
         "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
-        "ended", "endpoint", "error", "fell_back", "held", "key_id", "log_policy", "metrics", "outcome",
-        "overhead_s", "pair_id", "priority", "prompt_tokens", "request_id", "response", "route", "served",
-        "served_arm", "span", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
+        "ended", "endpoint", "error", "fell_back", "held", "key_id", "limits", "log_policy", "metrics",
+        "outcome", "overhead_s", "pair_id", "priority", "prompt_tokens", "request_id", "response", "route",
+        "served", "served_arm", "span", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s",
+        "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +79,8 @@ class Exchange:
         """Of a shadow: the request it copies."""
         self.key_id: str | None = None
         """The API key that asked; never its secret."""
+        self.limits: tuple[tuple[bytes, bytes], ...] = ()
+        """Header lines that tell the client where its key's limits stand; none without limits."""
         self.log_policy = LOG_EVERYTHING
         """How much of this request is logged: the stricter of its route's and its key's policy."""
         self.metrics: ArmMetrics

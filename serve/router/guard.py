@@ -33,6 +33,14 @@ class Source(ABC):
         """The body when all of it is here and nobody took any of it; None otherwise."""
 
     @abstractmethod
+    def write(self, body: bytes) -> bool:
+        """Send a piece of an answer that has begun, at once; False when `drained` must be awaited first."""
+
+    @abstractmethod
+    async def drained(self) -> None:
+        """Wait until the client took most of what was written."""
+
+    @abstractmethod
     def on_disconnect(self, callback: Callable[[], None]) -> None:
         """Have `callback` called when the client leaves before its answer is whole."""
 
@@ -79,6 +87,7 @@ class Guard:
 
     __slots__ = (
         "_deadlines", "_end", "_ended", "_loop", "_task", "_waiting_for", "_watcher", "cause", "due",
+        "source",
     )  # fmt: skip
 
     def __init__(self, receive: Receive, total_s: float, deadlines: Deadlines) -> None:
@@ -94,9 +103,11 @@ class Guard:
         self._ended = False
         self._watcher: asyncio.Task[None] | None = None
         self.cause: Cause | None = None
+        self.source = receive if isinstance(receive, Source) else None
+        """The client's side, where the server is ours."""
         deadlines.add(self)
-        if isinstance(receive, Source):
-            receive.on_disconnect(self._left)
+        if self.source is not None:
+            self.source.on_disconnect(self._left)
         else:
             self._watcher = self._loop.create_task(self._watch(receive))
 

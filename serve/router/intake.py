@@ -18,6 +18,7 @@ from contracts.routes import Affinity
 from contracts.traffic import Arm
 from serve.request_log.policy import effective
 from serve.router.assign import assign, unit_of
+from serve.router.bodies import parse
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
@@ -106,11 +107,8 @@ class Intake:
         parsed = _parse(body, self._config.max_json_depth)
         route = self._route(parsed.get("model"), key)
         override = self._override(headers, route)
-        try:
-            conversation = headers.get(self._conversation, b"").decode("utf-8", "replace")
-            kind, unit = unit_of(conversation, parsed, request_id)
-        except orjson.JSONEncodeError as err:
-            raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
+        conversation = headers.get(self._conversation, b"").decode("utf-8", "replace")
+        kind, unit = unit_of(conversation, parsed, request_id)
         trace = b""
         if not _PASSED_ON_SET.isdisjoint(headers):
             trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
@@ -124,6 +122,7 @@ class Intake:
         ex.log_policy = settings.log
         if key is not None:
             ex.key_id, ex.priority = key.id, key.priority
+            ex.limits = self._keys.limit_lines(key)
             if key.log is not None:
                 ex.log_policy = effective(settings.log, key.log)
         if self._tracer is not None:
@@ -179,7 +178,7 @@ def _parse(body: bytes, max_depth: int) -> dict[str, Any]:
     if not body:
         raise RequestRefused("The request body is empty; it must be a JSON object.")
     try:
-        parsed = orjson.loads(body)
+        parsed = parse(body)
     except orjson.JSONDecodeError as err:
         raise RequestRefused(f"The request body is not valid JSON: {err}.") from err
     if not isinstance(parsed, dict):

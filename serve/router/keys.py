@@ -16,12 +16,16 @@ from prometheus_client import Counter
 from contracts.keys import ApiKey
 from serve.router.errors import RequestRefused
 from serve.router.metrics import Metrics
-from serve.router.windows import MINUTE_S, UsageBook, rate, wait_s
+from serve.router.windows import MINUTE_S, UsageBook, rate, reset_s, wait_s
 
 HeaderLines = Iterable[tuple[bytes, bytes]]
 
 _LONGEST_SECRET = 128
 """Secrets have 49 bytes; nothing longer is worth hashing."""
+_LIMIT_HEADERS = {
+    what: tuple(f"x-ratelimit-{fact}-{what}".encode() for fact in ("limit", "remaining", "reset"))
+    for what in ("requests", "tokens")
+}
 _CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 
 
@@ -93,18 +97,17 @@ class KeyTable:
         if key_id is not None and (prompt or completion):
             self.book.add(key_id, self._clock(), 0, prompt or 0, completion or 0)
 
+    def limit_lines(self, key: ApiKey) -> tuple[tuple[bytes, bytes], ...]:
+        """Response headers with the key's limits, as they stand now; none where it has none."""
+        if key.requests_per_minute is None and key.tokens_per_minute is None:
+            return ()
+        return tuple(line for limit in self._limits(key, self._clock()) for line in limit.lines())
+
     def _check_limits(self, key: ApiKey, now: float) -> None:
-        limits = (key.requests_per_minute, key.tokens_per_minute)
-        if limits == (None, None):
+        if key.requests_per_minute is None and key.tokens_per_minute is None:
             return
-        minute = int(now // MINUTE_S)
-        previous, current = self.book.spent(key.id, minute - 1), self.book.spent(key.id, minute)
-        states = [
-            _Limit(what, limit, previous[at], current[at], now)
-            for at, (what, limit) in enumerate(zip(("requests", "tokens"), limits, strict=True))
-            if limit is not None
-        ]
-        worst = max(states, key=lambda s: s.wait_s)
+        limits = self._limits(key, now)
+        worst = max(limits, key=lambda s: s.wait_s)
         if worst.wait_s:
             self._refuse(
                 worst.what,
@@ -114,9 +117,19 @@ class KeyTable:
                 kind=worst.what,
                 headers=(
                     (b"retry-after", b"%d" % worst.wait_s),
-                    *(line for s in states for line in s.lines()),
+                    *(line for limit in limits for line in limit.lines()),
                 ),
             )
+
+    def _limits(self, key: ApiKey, now: float) -> list[_Limit]:
+        minute = int(now // MINUTE_S)
+        previous, current = self.book.spent(key.id, minute - 1), self.book.spent(key.id, minute)
+        wanted = (("requests", key.requests_per_minute), ("tokens", key.tokens_per_minute))
+        return [
+            _Limit(what, limit, previous[at], current[at], now)
+            for at, (what, limit) in enumerate(wanted)
+            if limit is not None
+        ]
 
     def _unauthorized(self, reason: str, message: str) -> NoReturn:
         self._refuse(reason, message, 401, "invalid_api_key", headers=_CHALLENGE)
@@ -138,19 +151,20 @@ class KeyTable:
 class _Limit:
     """One limit of a key at one moment."""
 
-    __slots__ = ("left", "limit", "wait_s", "what")
+    __slots__ = ("left", "limit", "reset_s", "wait_s", "what")
 
     def __init__(self, what: str, limit: int, previous: int, current: int, now: float) -> None:
         self.what = what
         self.limit = limit
         self.wait_s = wait_s(previous, current, limit, now)
         """Until the next request passes."""
+        self.reset_s = reset_s(previous, current, now)
         self.left = max(0, int(limit - rate(previous, current, now)))
 
-    def lines(self) -> list[tuple[bytes, bytes]]:
-        """Response headers as OpenAI sends them."""
-        facts = (("limit", str(self.limit)), ("remaining", str(self.left)), ("reset", f"{self.wait_s}s"))
-        return [(f"x-ratelimit-{fact}-{self.what}".encode(), value.encode()) for fact, value in facts]
+    def lines(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Response headers by OpenAI's names: the limit, what is left, when all is there again."""
+        limit, left, reset = _LIMIT_HEADERS[self.what]
+        return (limit, b"%d" % self.limit), (left, b"%d" % self.left), (reset, b"%ds" % self.reset_s)
 
 
 def in_scope(key: ApiKey | None, route: str) -> bool:

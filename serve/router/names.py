@@ -16,3 +16,8 @@ def host_name() -> str:
 def replica_name() -> str:
     """host-pid-random: unique for every start of every process."""
     return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def is_here(replica: str, pid: int) -> bool:
+    """True when the router of this name and process id runs, or ran, on this machine."""
+    return replica.startswith(f"{host_name()}-{pid}-")

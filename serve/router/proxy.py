@@ -29,6 +29,7 @@ from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
 from serve.router.shadow import Shadows
 from serve.router.table import RouteTable
+from serve.router.tracing import Refusal
 
 _log = logging.getLogger("stillhouse.router")
 _TRIES_PER_ARM = 2
@@ -66,6 +67,7 @@ class Proxy:
         """Answer one POST. Never raises for anything a client or an upstream does."""
         headers = self._intake.headers(scope)
         request_id = request_id_of(headers)
+        arrived = time.time()
         self.active += 1
         try:
             key = self._intake.admit(scope)
@@ -74,6 +76,9 @@ class Proxy:
             await self._run(ex, receive, send)
         except RequestRefused as refused:
             self._metrics.refused(refused.status, endpoint, refused.route or OTHER)
+            self._accounts.refused(
+                Refusal(request_id, endpoint, arrived, refused, headers.get(b"traceparent"))
+            )
             said = error_for(endpoint, refused.status, refused.body)
             await send_json(send, refused.status, said, request_id, refused.headers)
         finally:
@@ -84,7 +89,8 @@ class Proxy:
         ex.held = self._table.hold(ex.route, ex.assignment.arm)
         ex.metrics = self._metrics.arm(ex.route.split.route, ex.assignment.arm.value, ex.served.name)
         ex.metrics.in_flight.inc()
-        guard = Guard(receive, self._config.timeouts.total_s, self._deadlines)
+        total_s = ex.route.settings.timeouts.total_s or self._config.timeouts.total_s
+        guard = Guard(receive, total_s, self._deadlines)
         limiter = ex.route.limiter
         entered: float | None = None
         try:
@@ -215,9 +221,8 @@ class Proxy:
         if body is None:
             said = error_body(f"The model could not answer: {failure}.", "upstream_error")
             body = orjson.dumps(error_for(ex.endpoint, failure.status, said))
-        await send_json(
-            send, failure.status, body, ex.request_id, ex.route.headers(ex.assignment.arm, ex.served)
-        )
+        told = (*ex.route.headers(ex.assignment.arm, ex.served), *ex.limits)
+        await send_json(send, failure.status, body, ex.request_id, told)
 
     async def _give_up(self, ex: Exchange, cause: Cause, guard: Guard, send: Send) -> None:
         if cause is Cause.CLIENT:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from serve.router.connection import Application
@@ -24,10 +25,10 @@ _RAYS_OWN = "/-/"
 """Paths that Ray answers: health and routes."""
 
 
-def serve_directly(app: Application, bounds: Bounds) -> bool:
+def serve_directly(app: Application, bounds: Bounds, listens: Callable[[str], None]) -> bool:
     """Have the replica of this process answer by `app` directly; False when this Ray cannot.
 
-    To be called in the replica, before Ray starts its HTTP server.
+    To be called in the replica, before Ray starts its HTTP server. `listens` hears at which host:port.
     """
     from ray.serve._private import replica
 
@@ -46,6 +47,7 @@ def serve_directly(app: Application, bounds: Bounds) -> bool:
             return started
         server = DirectServer(app, rays_app, options.root_path or "", bounds)
         await server.start(str(options.host), int(options.port))
+        listens(_reachable(str(options.host), int(options.port)))
         return event_loop.create_task(server.run()), server
 
     replica.start_asgi_http_server = start
@@ -61,6 +63,13 @@ def _needs_ray(rays_app: Any, options: Any, event_loop: asyncio.AbstractEventLoo
         or not hasattr(rays_app, "__self__")
         or event_loop is not asyncio.get_running_loop()
     )
+
+
+def _reachable(host: str, port: int) -> str:
+    """Where a process of this machine connects to."""
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class DirectServer:

@@ -15,11 +15,12 @@ import orjson
 
 from contracts.traffic import Outcome, Upstream
 from serve.router.answer import parse_body
+from serve.router.bodies import dump
 from serve.router.client import Broken, ConnectFailed, Connection, HttpClient
 from serve.router.config import Timeouts
-from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
+from serve.router.errors import AttemptFailed, error_body, error_for
 from serve.router.exchange import Exchange
-from serve.router.guard import Cause, Guard
+from serve.router.guard import Cause, Guard, Source
 from serve.router.pool import Pools, Replica
 from serve.router.sse import StreamWatcher, watcher_of
 
@@ -56,7 +57,8 @@ class Relay:
         """
         body = _upstream_body(ex, upstream)
         headers = self._head(ex, upstream)
-        guard.wait_for(Cause.FIRST_BYTE, self._timeouts.first_byte_s)
+        own = ex.route.settings.timeouts
+        guard.wait_for(Cause.FIRST_BYTE, own.first_byte_s or self._timeouts.first_byte_s)
         replica.in_flight += 1
         connection: Connection | None = None
         try:
@@ -118,7 +120,7 @@ class Relay:
         now = time.perf_counter()
         ex.ttft_s = now - ex.started
         ex.streamed = True
-        guard.wait_for(Cause.BETWEEN, self._timeouts.between_chunks_s)
+        guard.wait_for(Cause.BETWEEN, self._between_s(ex))
         await send(_start(ex, connection.status, connection.content_type, connection, None))
         try:
             await self._events(ex, connection, watcher, first, guard, send)
@@ -148,7 +150,8 @@ class Relay:
         guard: Guard,
         send: Send,
     ) -> None:
-        between = self._timeouts.between_chunks_s
+        between = self._between_s(ex)
+        source = guard.source
         while True:
             if events and self._keep_chunks:
                 ex.chunks.append(events)
@@ -156,6 +159,10 @@ class Relay:
                 break
             if events:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
+            if source is not None:
+                events = await self._pass_on(ex, connection, watcher, guard, source)
+                if events:
+                    continue
             data = await connection.read()
             guard.extend(between)
             if not data:
@@ -176,6 +183,35 @@ class Relay:
         await send({"type": "http.response.body", "body": events})
         await _drain(connection)
 
+    async def _pass_on(
+        self, ex: Exchange, connection: Connection, watcher: StreamWatcher, guard: Guard, source: Source
+    ) -> bytes:
+        """Carry events over as they come, a callback each; returns the last ones, b"" when they are not here.
+
+        Most of a stream goes this way: waking this task for every token would cost as much as all the rest.
+        """
+        between = self._between_s(ex)
+        keep = ex.chunks.append if self._keep_chunks else None
+        last = b""
+
+        def take(data: bytes) -> bool:
+            nonlocal last
+            guard.extend(between)
+            events = watcher.feed(data)
+            if watcher.done or watcher.error:
+                last = events
+                return False
+            if not events:
+                return True
+            if keep is not None:
+                keep(events)
+            return source.write(events)
+
+        await connection.pump(take)
+        if not last:
+            await source.drained()
+        return last
+
     async def break_stream(self, ex: Exchange, outcome: Outcome, why: str, guard: Guard, send: Send) -> None:
         """End a stream that has begun with an error event: never silence, never half an event."""
         guard.ending()
@@ -184,6 +220,9 @@ class Relay:
         ex.take_usage(ex.watcher.usage)
         self._ended(ex, outcome, 200)
         await send({"type": "http.response.body", "body": ex.watcher.failure(why, outcome.value)})
+
+    def _between_s(self, ex: Exchange) -> float:
+        return ex.route.settings.timeouts.between_chunks_s or self._timeouts.between_chunks_s
 
     def _head(self, ex: Exchange, upstream: Upstream) -> bytes:
         accept = b"text/event-stream" if ex.stream else b"application/json"
@@ -222,10 +261,7 @@ def _upstream_body(ex: Exchange, upstream: Upstream) -> bytes:
         body[ex.cap[0]] = ex.cap[1]
     if _asks_usage_itself(ex):
         body["stream_options"] = {**(ex.body.get("stream_options") or {}), "include_usage": True}
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError as err:  # parsed, but deeper than the writer goes
-        raise RequestRefused(f"The request body is nested too deeply: {err}.") from err
+    return dump(body)
 
 
 def _start(
@@ -235,9 +271,11 @@ def _start(
         (b"content-type", content_type),
         (b"x-request-id", ex.request_id.encode()),
         *ex.route.headers(ex.assignment.arm, ex.served),
+        *ex.limits,
     ]
     for name, value in connection.headers:
-        if name in _PASSED_BACK or name.startswith(b"x-ratelimit-"):
+        # With limits of its own a client is not told those of our key at the upstream, under the same names.
+        if name in _PASSED_BACK or (not ex.limits and name.startswith(b"x-ratelimit-")):
             headers.append((name, value))
     if length is not None:
         headers.append((b"content-length", str(length).encode()))

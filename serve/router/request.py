@@ -160,6 +160,18 @@ class Request(Source):
         elif self._connection.full:
             await self._connection.drained()
 
+    def write(self, body: bytes) -> bool:
+        """As `send` with more to come, without a task to wait in."""
+        if self.gone or self.answered:
+            return True
+        self._connection.write(self._framed(body, True))
+        return not self._connection.full
+
+    async def drained(self) -> None:
+        """Wait until the client took most of what was written."""
+        if self._connection.full and not self.gone:
+            await self._connection.drained()
+
     def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         lines = [STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status]
         sized = False

@@ -114,7 +114,8 @@ class Shadows:
         return copy
 
     async def _run(self, ex: Exchange, budget: _Budget) -> None:
-        guard = Guard(_nobody_leaves, self._total_s, self._deadlines)
+        total_s = ex.route.settings.timeouts.total_s or self._total_s
+        guard = Guard(_nobody_leaves, total_s, self._deadlines)
         outcome, status = Outcome.CLIENT_CLOSED, 499  # what it is when we leave in the middle of it
         try:
             replica = self._pools.pick(ex.served)

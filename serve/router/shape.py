@@ -8,9 +8,8 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Any, Final
 
-import orjson
-
 from contracts.routes import Affinity
+from serve.router.bodies import dump
 from serve.router.errors import RequestRefused
 
 _LIMIT_FIELDS: Final = {
@@ -52,4 +51,4 @@ def _head(prompt: object) -> bytes:
     if isinstance(prompt, str):
         return prompt[:_HEAD_CHARS].encode("utf-8", "surrogatepass")
     # Two messages are as far as prompts of different conversations agree: system, and the first question.
-    return orjson.dumps(prompt[:2] if isinstance(prompt, list) else prompt)[:_HEAD_CHARS]
+    return dump(prompt[:2] if isinstance(prompt, list) else prompt)[:_HEAD_CHARS]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -68,12 +69,18 @@ class StateSync:
         self._state: TrafficState | None = None
         self._changed = asyncio.Event()
         self._failing: set[str] = set()
+        self._address: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Look once (a store that is down does not stop the router from starting) and begin."""
         await self._poll()
         self._tasks = [asyncio.create_task(self._poll_forever()), asyncio.create_task(self._flush_forever())]
+
+    def listens(self, address: str) -> None:
+        """Have the reports say where this process listens, as host:port; whoever balances reads it there."""
+        self._address = address
+        self._changed.set()
 
     async def stop(self) -> None:
         """Store the last evidence and leave the list of routers."""
@@ -117,7 +124,8 @@ class StateSync:
             keys.apply(seen)
 
     async def _flush(self) -> None:
-        report = self._table.report(self._replica)
+        here = {"address": self._address, "pid": os.getpid()}
+        report = self._table.report(self._replica).model_copy(update=here)
         await self._in_thread("write evidence", lambda: self._write(report))
         if (keys := self._keys) is not None:
             counted = keys.unwritten()

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of requests, with the GenAI attributes. Off unless configured.
+"""OpenTelemetry traces of requests, refused ones too, with the GenAI attributes. Off unless configured.
 
 On the event loop a request costs two random numbers and a header line; its span is made of the ended exchange
 in a thread, and exported by the SDK's own. The texts of requests and answers are in no span. Knows nothing
@@ -11,17 +11,20 @@ import logging
 import random
 import re
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from contracts.errors import ConfigError
 from serve.router.config import TracingConfig
+from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.id_generator import IdGenerator
+    from opentelemetry.trace import Span
 
 _log = logging.getLogger("stillhouse.router")
 _TRACEPARENT = re.compile(
@@ -58,6 +61,17 @@ class SpanStart(NamedTuple):
         return b"traceparent: 00-%032x-%016x-%02x\r\n" % (self.trace_id, self.span_id, self.sampled)
 
 
+class Refusal(NamedTuple):
+    """A request that the router itself turned away, before any upstream was asked."""
+
+    request_id: str
+    endpoint: str
+    ts: float
+    """When it arrived, Unix seconds."""
+    why: RequestRefused
+    traceparent: bytes | None
+
+
 class Tracer:
     """The traces of one router process."""
 
@@ -66,7 +80,9 @@ class Tracer:
         self._ids = _Ids()
         self._provider = _provider(config, replica, self._ids)
         self._tracer = self._provider.get_tracer("stillhouse.router")
-        self._ended: deque[Exchange] = deque(maxlen=_QUEUE)  # full: the oldest are lost, nobody waits
+        self._ended: deque[Exchange | tuple[Refusal, SpanStart, float]] = deque(
+            maxlen=_QUEUE
+        )  # full: the oldest are lost, nobody waits
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="router-tracing", daemon=True)
 
@@ -88,6 +104,12 @@ class Tracer:
         if ex.span is not None and ex.span.sampled:
             self._ended.append(ex)
 
+    def refuse(self, refusal: Refusal) -> None:
+        """A request was turned away. Never waits."""
+        start = self.begin(refusal.traceparent)
+        if start.sampled:
+            self._ended.append((refusal, start, time.time()))
+
     def stop(self) -> None:
         """Export what there is. Blocks."""
         self._stop.set()
@@ -98,33 +120,69 @@ class Tracer:
         while True:
             stopping = self._stop.wait(_PAUSE_S)
             while self._ended:
-                ex = self._ended.popleft()
-                try:
-                    self._record(ex)
-                except Exception:  # noqa: BLE001 reason: one odd request must not end the traces of all others
-                    _log.exception("request %s has no span", ex.request_id)
+                self._record_safely(self._ended.popleft())
             if stopping:
                 return
 
+    def _record_safely(self, item: Exchange | tuple[Refusal, SpanStart, float]) -> None:
+        try:
+            if isinstance(item, Exchange):
+                self._record(item)
+            else:
+                self._record_refusal(*item)
+        except Exception:  # noqa: BLE001 reason: one odd request must not end the traces of all others
+            which = item if isinstance(item, Exchange) else item[0]
+            _log.exception("request %s has no span", which.request_id)
+
     def _record(self, ex: Exchange) -> None:
-        from opentelemetry.trace import SpanKind, StatusCode
+        from opentelemetry.trace import StatusCode
 
         assert ex.span is not None
-        self._ids.span_id, self._ids.trace_id = ex.span.span_id, ex.span.trace_id
-        begun = int(ex.ts * 1e9)
         attributes = attributes_of(ex)
-        span = self._tracer.start_span(
-            f"{attributes['gen_ai.operation.name']} {attributes['gen_ai.request.model']}",
-            context=_parent_context(ex.span),
-            kind=SpanKind.SERVER,
-            attributes=attributes,
-            start_time=begun,
-        )
+        begun = int(ex.ts * 1e9)
+        name = f"{attributes['gen_ai.operation.name']} {attributes['gen_ai.request.model']}"
+        span = self._start(name, ex.span, attributes, begun)
         if ex.ttft_s is not None:
             span.add_event("first token", timestamp=begun + int(ex.ttft_s * 1e9))
         if ex.outcome.failed and not (ex.fell_back and ex.status < 400):
             span.set_status(StatusCode.ERROR, ex.error)
         span.end(begun + int(ex.e2e_s * 1e9))
+
+    def _record_refusal(self, refusal: Refusal, start: SpanStart, ended: float) -> None:
+        """As semantic conventions have it for servers: a client's mistake is no error of the span."""
+        from opentelemetry.trace import StatusCode
+
+        attributes = refusal_attributes(refusal)
+        name = attributes["gen_ai.operation.name"]
+        span = self._start(name, start, attributes, int(refusal.ts * 1e9))
+        if refusal.why.status >= 500:
+            span.set_status(StatusCode.ERROR, str(refusal.why))
+        span.end(int(max(refusal.ts, ended) * 1e9))
+
+    def _start(self, name: str, start: SpanStart, attributes: dict[str, Any], begun: int) -> Span:
+        from opentelemetry.trace import SpanKind
+
+        self._ids.span_id, self._ids.trace_id = start.span_id, start.trace_id
+        return self._tracer.start_span(
+            name,
+            context=_parent_context(start),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            start_time=begun,
+        )
+
+
+def refusal_attributes(refusal: Refusal) -> dict[str, Any]:
+    """A refusal's attributes: nothing of the body, which may be anything, and no key."""
+    found = {
+        "gen_ai.operation.name": _operation(refusal.endpoint),
+        "error.type": refusal.why.body["error"]["code"] or str(refusal.why.status),
+        "http.response.status_code": refusal.why.status,
+        "url.path": refusal.endpoint,
+        "stillhouse.request_id": refusal.request_id,
+        "stillhouse.route": refusal.why.route,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def attributes_of(ex: Exchange) -> dict[str, Any]:
@@ -132,7 +190,7 @@ def attributes_of(ex: Exchange) -> dict[str, Any]:
     answer, model = ex.answered()
     split = ex.route.split
     found: dict[str, Any] = {
-        "gen_ai.operation.name": _OPERATIONS.get(ex.endpoint) or ex.endpoint.rsplit("/", 1)[-1],
+        "gen_ai.operation.name": _operation(ex.endpoint),
         "gen_ai.provider.name": _provider_name(ex),
         "gen_ai.request.model": ex.body["model"][:_LONGEST],
         "gen_ai.request.stream": ex.stream,
@@ -155,6 +213,10 @@ def attributes_of(ex: Exchange) -> dict[str, Any]:
         if type(value) is float or (type(value) is int and abs(value) < _INT64):
             found[f"gen_ai.request.{name}"] = value
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _operation(endpoint: str) -> str:
+    return _OPERATIONS.get(endpoint) or endpoint.rsplit("/", 1)[-1]
 
 
 def _provider_name(ex: Exchange) -> str:

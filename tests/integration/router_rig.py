@@ -128,18 +128,24 @@ class World:
         self.state.put_split(split)
         return split
 
-    def router(self, multiproc: bool = False, **config: Any) -> Server:
+    def router(self, multiproc: bool = False, workers: int = 1, **config: Any) -> Server:
         """Start a router and wait until it is ready."""
+        path = self.settings(**config)
+        extra = ["--multiproc-dir", str(self.folder / "metrics")] if multiproc else []
+        extra += ["--workers", str(workers)]
+        router = Server("-m", "serve.router", "--config", str(path), "--port", "0", *extra)
+        self.routers.append(router)
+        wait_until("the router is ready", lambda: get(f"{router.url}/ready")[0] == 200)
+        return router
+
+    def settings(self, **config: Any) -> Path:
+        """A file with a router's configuration."""
         settings = RouterConfig.model_validate(
             {"state_url": self.state_url, "log": {"dir": str(self.folder / "log")}, **config}
         )
         path = self.folder / f"router-{len(self.routers)}.json"
         path.write_text(settings.model_dump_json())
-        extra = ["--multiproc-dir", str(self.folder / "metrics")] if multiproc else []
-        router = Server("-m", "serve.router", "--config", str(path), "--port", "0", *extra)
-        self.routers.append(router)
-        wait_until("the router is ready", lambda: get(f"{router.url}/ready")[0] == 200)
-        return router
+        return path
 
     def rows(self) -> list[dict[str, Any]]:
         """All log rows, open segments included."""

@@ -151,8 +151,17 @@ class LiveStack:
         return found[0]
 
     def haproxy_pids(self) -> list[int]:
-        """The pids of the HAProxy processes in front of the routers."""
-        return [p for p, name in self.processes().items() if "haproxy" in name.split(" ", 1)[0].lower()]
+        """The pids of all HAProxy processes of the stack."""
+        programs = {pid: name.split(" ", 1)[0] for pid, name in self.processes().items()}
+        return sorted(pid for pid, program in programs.items() if Path(program).name == "haproxy")
+
+    def front_pids(self) -> list[int]:
+        """The pids of the two in front of the routers."""
+        return [p for p in self.haproxy_pids() if f"{self.config.ray_dir}/front/" in title(psutil.Process(p))]
+
+    def rays_haproxy_pids(self) -> list[int]:
+        """The pids of Ray Serve's own."""
+        return sorted(set(self.haproxy_pids()) - set(self.front_pids()))
 
     def last_rollout(self) -> StoredRollout:
         """The latest rollout."""

@@ -79,7 +79,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         TrafficState(open_state(state)).put_split(Split(route="support", version=1, salt="s", stable=stable))
         config = RouterConfig.model_validate({"state_url": state, "log": {"dir": str(folder / "log")}})
         (folder / "router.json").write_text(config.model_dump_json())
-        router = Server("-m", "serve.router", "--config", str(folder / "router.json"), "--port", "0")
+        router = Server(
+            "-m", "serve.router", "--config", str(folder / "router.json"), "--port", "0", "--workers", "1"
+        )
         yield Served(router, engine, folder)
     finally:
         if router is not None:

@@ -19,7 +19,7 @@ from contracts.hooks import HookPoint, HookSpec
 from contracts.rollout import Phase
 from contracts.traffic import Upstream
 from serve.rollout.confirmer import Confirmer
-from serve.rollout.controller import LEASE, Controller
+from serve.rollout.controller import Controller
 from serve.rollout.courier import Courier
 from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
@@ -27,6 +27,7 @@ from serve.rollout.replay import replay
 from serve.rollout.simulate import ArmModel
 from serve.rollout.webhook import Reply
 from serve.state.outbox import OutboxState
+from serve.state.rollouts import CONTROLLER_LEASE
 from serve.state.tables import open_state
 from tests.unit.rollout_world import BROKEN, GOOD, Inline, World, demo_policy
 
@@ -220,7 +221,7 @@ def make_world(folder: Path, canary: ArmModel, url: str | None = None, **changes
         world.step()
     world.spec = world.spec.model_copy(update={"id": "the-one", "created_at": world.now})
     world.rollouts.create(world.spec, initial(world.spec))
-    world.rollouts.release_lease(LEASE, "one")
+    world.rollouts.release_lease(CONTROLLER_LEASE, "one")
     return world
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -173,6 +174,30 @@ def test_a_limit_holds_over_two_routers_and_a_restart(world: KeyWorld) -> None:
     assert ask(again, secret) == 429
 
 
+def test_answers_say_where_a_keys_limits_stand(world: KeyWorld) -> None:
+    """By OpenAI's names, whole, streamed or failed; nothing for a key without limits."""
+    router = world.router()
+    _, secret = world.key("ci", requests_per_minute=100, tokens_per_minute=10_000)
+    _, free = world.key("free")
+    _away_from_the_end_of_a_minute()
+    seen = []
+    for stream in (False, True):
+        raw = client(router, secret).chat.completions.with_raw_response
+        seen.append(raw.create(model="support", messages=HI, stream=stream).headers)
+    world.stable.control(status=500)
+    with pytest.raises(openai.InternalServerError) as failed:
+        client(router, secret).chat.completions.create(model="support", messages=HI)
+    seen.append(failed.value.response.headers)
+    world.stable.control(status=200)
+    assert [h["x-ratelimit-limit-requests"] for h in seen] == ["100"] * 3
+    assert [h["x-ratelimit-remaining-requests"] for h in seen] == ["99", "98", "97"]
+    assert [h["x-ratelimit-limit-tokens"] for h in seen] == ["10000"] * 3
+    assert [int(h["x-ratelimit-remaining-tokens"]) for h in seen][:2] == [10_000, 10_000 - 15]
+    assert all(re.fullmatch(r"\d+s", h["x-ratelimit-reset-requests"]) for h in seen)
+    unlimited = client(router, free).chat.completions.with_raw_response.create(model="support", messages=HI)
+    assert not [name for name in unlimited.headers if name.startswith("x-ratelimit")]
+
+
 def test_tokens_of_one_router_refuse_at_the_other(world: KeyWorld) -> None:
     """The tokens of a minute are one budget for all routers."""
     routers = [world.router(flush_s=0.1, poll_s=0.05) for _ in range(2)]
@@ -255,7 +280,9 @@ def test_odd_authorization_headers_are_401_and_leave_no_trace(
     path = world.folder / "debug.json"
     log = {"dir": str(world.folder / "log")}
     path.write_text(json.dumps({"state_url": world.state_url, "keys": True, "flush_s": 0.1, "log": log}))
-    router = Server("-m", "serve.router", "--config", str(path), "--port", "0", "--log-level", "debug")
+    router = Server(
+        "-m", "serve.router", "--config", str(path), "--port", "0", "--workers", "1", "--log-level", "debug"
+    )
     world.routers.append(router)
     key, secret = world.key("ci")
     off, off_secret = new_key("off", disabled=True)

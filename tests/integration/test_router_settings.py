@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from contracts.routes import Affinity, RouteLimits, RouteSettings, Shadow
+from contracts.routes import Affinity, RouteLimits, RouteSettings, RouteTimeouts, Shadow
 from contracts.traffic import Upstream
 from serve.state.settings import SettingsState
 from serve.state.tables import open_state
@@ -216,3 +218,66 @@ def stream(router: Server, i: int) -> None:
     )
     with urllib.request.urlopen(request, timeout=20) as reply:
         assert reply.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_a_routes_own_timeouts_are_live_and_take_the_place_of_the_routers(world: World) -> None:
+    """A slow model may take longer than the router allows elsewhere, an urgent route gives up sooner."""
+    world.split(1)
+    router = world.router(timeouts={"first_byte_s": 0.3})
+    world.stable.control(ttft_s=0.8)
+    assert ask(router)[0] == 504
+    put(world, 1, timeouts=RouteTimeouts(first_byte_s=5.0))
+    wait_until("the route waits longer", lambda: ask(router)[0] == 200, 5)
+    put(world, 2, timeouts=RouteTimeouts(first_byte_s=5.0, total_s=0.4))
+    wait_until("the whole is bounded", lambda: ask(router)[0] == 504, 5)
+    world.stable.control(ttft_s=0.0, tpot_s=0.6)
+    put(world, 3, timeouts=RouteTimeouts(between_chunks_s=0.2))
+    wait_until("a pause ends the stream", lambda: '"timeout"' in _streamed(router), 10)
+    put(world, 4)
+    wait_until("the defaults are back", lambda: _streamed(router).rstrip().endswith("[DONE]"), 20)
+
+
+def _streamed(router: Server) -> str:
+    body = {"model": "support", "stream": True, "messages": [{"role": "user", "content": "x"}]}
+    request = urllib.request.Request(f"{router.url}{CHAT}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return str(reply.read().decode())
+
+
+def test_integers_of_any_size_reach_the_upstream_and_the_log(world: World) -> None:
+    """A body with an integer beyond 64 bits is passed on with all its digits, and logged with them."""
+    bodies: list[bytes] = []
+
+    class Echo(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._say(b"{}")
+
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self._say(b'{"choices": [], "id": 98765432109876543210987}')
+
+        def _say(self, answer: bytes) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        world.split(1, stable=Upstream(name="raw", model="big", url=f"http://127.0.0.1:{server.server_port}"))
+        router = world.router()
+        status, answer, _ = ask(router, seed=2**77, nested={"ids": [-(2**63) - 1, 10**30]})
+        router.stop()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (status, answer["id"]) == (200, 98765432109876543210987)
+    seen = json.loads(bodies[0])
+    assert (seen["seed"], seen["nested"]["ids"], seen["model"]) == (2**77, [-(2**63) - 1, 10**30], "big")
+    (row,) = world.rows()
+    assert (row["request"]["seed"], row["request"]["nested"]["ids"][1]) == (2**77, 10**30)

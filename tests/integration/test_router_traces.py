@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,7 +18,11 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.integration.router_rig import Server, World, openai_client, post
+from contracts.routes import RouteLimits, RouteSettings
+from serve.state.keys import KeyState, new_key
+from serve.state.settings import SettingsState
+from serve.state.tables import open_state
+from tests.integration.router_rig import Server, World, get, openai_client, post, wait_until
 
 pytestmark = pytest.mark.integration
 CHAT = "/v1/chat/completions"
@@ -205,6 +212,63 @@ def test_failures_are_errors_and_fallbacks_are_told(world: World, collector: Col
     assert attributes(broken)["error.type"] in ("upstream_error", "broken_stream")
     assert (attributes(bad)["error.type"], attributes(bad)["http.response.status_code"]) == ("400", 400)
     assert bad.status.code == Status.STATUS_CODE_UNSET
+
+
+def test_a_refused_request_has_a_span_too(world: World, collector: Collector) -> None:
+    """Of the client's trace, with its status and our code for it; nothing of its body and no key."""
+    world.split(1)
+    router = world.router(log=None, keys=True, tracing={"endpoint": collector.url})
+    wait_until("it knows the keys", lambda: get(f"{router.url}/ready")[0] == 200)
+    key, secret = new_key("ci", requests_per_minute=2)
+    KeyState(open_state(world.state_url)).create_key(key)
+    bearer = {"Authorization": f"Bearer {secret}"}
+    models = urllib.request.Request(f"{router.url}/v1/models", headers=bearer)
+    wait_until("the key is known", lambda: _status(models) == 200)
+    parent = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    post(f"{router.url}{CHAT}", {"model": "a secret"}, Authorization="Bearer sk-sh-wrong", **parent)
+    post(f"{router.url}{CHAT}", {"model": "a secret"}, **bearer)
+    post(f"{router.url}/v1/messages", {"model": 7, "messages": "a secret"}, x_request_id="mine", **bearer)
+    post(f"{router.url}{CHAT}", {"model": "support"}, **bearer)
+    router.stop()
+    spans = collector.spans()
+    got = [attributes(s) for s in spans]
+    assert [(g["http.response.status_code"], g["error.type"]) for g in got] == [
+        (401, "invalid_api_key"), (404, "model_not_found"), (400, "400"), (429, "rate_limit_exceeded"),
+    ]  # fmt: skip
+    assert [s.name for s in spans] == ["chat"] * 4
+    assert [g["url.path"] for g in got] == [CHAT, CHAT, "/v1/messages", CHAT]
+    assert (spans[0].trace_id.hex(), spans[0].parent_span_id.hex()) == (TRACE, PARENT)
+    assert got[2]["stillhouse.request_id"] == "mine"
+    assert {s.status.code for s in spans} == {Status.STATUS_CODE_UNSET}
+    assert all(0 < s.start_time_unix_nano <= s.end_time_unix_nano for s in spans)
+    assert b"secret" not in collector.raw
+    assert b"sk-sh" not in collector.raw
+
+
+def _status(request: urllib.request.Request) -> int:
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as err:
+        return err.code
+
+
+def test_a_full_route_is_a_span_of_that_route(world: World, collector: Collector) -> None:
+    """Waiting in vain is where a request's time went, so the span is as long as the wait."""
+    world.split(1)
+    limits = RouteLimits(max_in_flight=1, max_queued=1, queue_s=0.5)
+    SettingsState(open_state(world.state_url)).put_settings(
+        RouteSettings(route="support", version=1, limits=limits)
+    )
+    world.stable.control(ttft_s=2.0)
+    router = traced(world, collector)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(post, f"{router.url}{CHAT}", {"model": "support", "messages": []}) for _ in "ab"]
+        assert sorted(f.result()[0] for f in asked) == [200, 429]
+    router.stop()
+    refused = next(s for s in collector.spans() if attributes(s)["http.response.status_code"] == 429)
+    assert attributes(refused)["stillhouse.route"] == "support"
+    assert refused.end_time_unix_nano - refused.start_time_unix_nano >= 4e8
 
 
 def test_nothing_is_traced_that_was_not_asked_for(world: World, collector: Collector) -> None:

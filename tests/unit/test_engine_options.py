@@ -100,3 +100,12 @@ def test_the_names_of_vllm_that_the_launcher_uses_exist() -> None:
     entry = (package / "entrypoints/launchers/api_server/entry.py").read_text()
     assert "\ndef main()" in entry
     assert "def check_and_update_config(cls, vllm_config" in (package / "platforms/cpu.py").read_text()
+
+
+def test_an_engine_counts_for_itself_alone(tmp_path: Path) -> None:
+    """Whoever deploys it (the controller, with files that routers share) does not lend it its folder;
+    its own options may."""
+    shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    assert "PROMETHEUS_MULTIPROC_DIR" not in engine_environment("m", EngineOptions(), shared)
+    own = EngineOptions(env={"PROMETHEUS_MULTIPROC_DIR": "/own"})
+    assert engine_environment("m", own, shared)["PROMETHEUS_MULTIPROC_DIR"] == "/own"

@@ -170,9 +170,37 @@ def test_the_request_above_the_limit_is_429_and_says_when_to_come_back() -> None
     assert headers[b"retry-after"] == b"41"
     assert headers[b"x-ratelimit-limit-requests"] == b"5"
     assert headers[b"x-ratelimit-remaining-requests"] == b"0"
-    assert headers[b"x-ratelimit-reset-requests"] == b"41s"
+    assert headers[b"x-ratelimit-reset-requests"] == b"100s"  # until nothing of this minute counts any more
     clock.now = T0 + 61
     assert keys.admit(bearer(secret)) == key
+
+
+def test_limits_are_told_before_they_are_reached() -> None:
+    """OpenAI's six headers, after this request was counted; none for a key without limits."""
+    clock = Clock()
+    key, secret = new_key("a", requests_per_minute=10, tokens_per_minute=1000)
+    keys = table(key, clock=clock)
+    keys.admit(bearer(secret))
+    keys.ended(key.id, 100, 50)
+    keys.admit(bearer(secret))
+    clock.now = T0 + 12.5
+    assert keys.limit_lines(key) == (
+        (b"x-ratelimit-limit-requests", b"10"),
+        (b"x-ratelimit-remaining-requests", b"8"),
+        (b"x-ratelimit-reset-requests", b"108s"),
+        (b"x-ratelimit-limit-tokens", b"1000"),
+        (b"x-ratelimit-remaining-tokens", b"850"),
+        (b"x-ratelimit-reset-tokens", b"108s"),
+    )
+    clock.now = T0 + 90  # half of the minute before still counts
+    assert dict(keys.limit_lines(key))[b"x-ratelimit-remaining-tokens"] == b"925"
+    assert dict(keys.limit_lines(key))[b"x-ratelimit-reset-tokens"] == b"30s"
+    clock.now = T0 + 200
+    assert dict(keys.limit_lines(key))[b"x-ratelimit-reset-requests"] == b"0s"
+    only = new_key("b", tokens_per_minute=7)[0]
+    assert keys.limit_lines(only)[0][0] == b"x-ratelimit-limit-tokens"
+    assert len(keys.limit_lines(only)) == 3
+    assert keys.limit_lines(new_key("c")[0]) == ()
 
 
 def test_spent_tokens_refuse_the_next_request() -> None:

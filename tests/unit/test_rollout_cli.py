@@ -15,7 +15,7 @@ from contracts.model import ModelRecord
 from contracts.rollout import Phase
 from registry.digest import digest_folder
 from registry.fake import FakeRegistry
-from serve.rollout import cli
+from serve.rollout import cli, cli_report, cli_watch
 from serve.rollout.aliases import promoted_hook, rolled_back_hook
 from serve.rollout.cli_stack import StackHandle
 from serve.rollout.courier import Courier
@@ -41,9 +41,11 @@ class Desk:
             OutboxState(self.world.engine),
             {"demo": demo_policy(cooldown_s=0.0)},
             lambda: self.registry,
+            reports=folder / "reports",
         )
-        monkeypatch.setattr(cli, "open_stack", lambda config: handle)
-        monkeypatch.setattr(cli.console, "_width", 140)
+        for module in (cli, cli_watch, cli_report):
+            monkeypatch.setattr(module, "open_stack", lambda config: handle)
+            monkeypatch.setattr(module.console, "_width", 140)
 
     def publish(self, passed: bool = True, overridden_by: str | None = None, text: str = "w") -> ModelRecord:
         """Put a model into the registry."""

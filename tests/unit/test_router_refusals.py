@@ -109,6 +109,16 @@ def test_any_bytes_get_an_answer(body: bytes) -> None:
     assert (status == 400) != isinstance(parsed, dict)
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "resp_1"), ("DELETE", "resp_1"), ("POST", "resp_1/cancel"), ("GET", "")]
+)
+async def test_stored_responses_are_not_found_and_it_says_why(app: RouterApp, method: str, path: str) -> None:
+    """No replica's memory is pretended to be everybody's; the answer says what to do instead."""
+    status, error = await call(app, b"", f"/v1/responses/{path}", method)
+    assert (status, error["error"]["code"]) == (404, "response_not_found")
+    assert "previous_response_id" in error["error"]["message"]
+
+
 async def test_the_404_names_the_routes(app: RouterApp) -> None:
     """A typo in the model's name is found from the message alone."""
     _, error = await call(app, b'{"model": "suport"}')
