@@ -47,7 +47,7 @@ class CollectConfig(Section):
     require_json: bool = False
     """Keep only answers that parse as JSON."""
     drop_failed_grades: bool = False
-    """Drop answers that the online grader failed. Off: the student learns the teacher, mistakes included."""
+    """Drop answers that an online grader scored 0. Off: the student learns the teacher, mistakes included."""
     max_chars: int = Field(default=32_000, ge=1)
     """Longest request plus answer, in characters."""
     max_rows: int | None = Field(default=None, ge=1)

@@ -111,7 +111,7 @@ def _bad_answer(row: RequestRow, config: dict[str, Any]) -> str | None:
     answer = answer_of(row)
     if not answer:
         return "no_text"
-    if config["drop_failed_grades"] and row.grade is False:
+    if config["drop_failed_grades"] and 0.0 in row.scores.values():
         return "failed_grade"
     if config["require_json"] and not _is_json(answer):
         return "not_json"

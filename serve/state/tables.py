@@ -29,7 +29,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from contracts.errors import StateError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = MetaData()
 
@@ -166,6 +166,7 @@ served = Table(
     Column("request_id", String(128), primary_key=True),
     Column("route", String(128), nullable=False),
     Column("arm", String(16), nullable=False),
+    Column("reason", String(16), nullable=False),
     Column("rollout_id", String(128)),
     Column("split_version", Integer, nullable=False),
     Column("log_mode", String(16), nullable=False),
@@ -174,6 +175,16 @@ served = Table(
 )
 """Requests that feedback may refer to, for as long as late feedback is taken. `log_mode` says whether the
 texts of that feedback may be kept, `subjects` (hashes, separated by spaces) whose request it was."""
+
+judge_checks = Table(
+    "judge_checks",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("grader", String(64), nullable=False, index=True),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
+)
+"""How judges did on answers that people had judged; `grader` is the judge's name with its version."""
 
 feedback = Table(
     "feedback",
