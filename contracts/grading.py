@@ -144,7 +144,9 @@ class JudgeGrader(GraderFields):
     per_hour: int | None = Field(default=600, ge=1)
     """Most calls an hour and router process; null: no bound. What is over is dropped and counted."""
     max_in_flight: int = Field(default=4, ge=1)
-    """Calls running at once, per router process; further ones are dropped and counted."""
+    """Calls running at once, per router process."""
+    max_queued: int = Field(default=64, ge=0)
+    """Answers and pairs waiting for their call; further ones are dropped and counted."""
     timeout_s: float = Field(default=60.0, gt=0)
     """For one call."""
     max_chars: int = Field(default=16_000, ge=100)

@@ -6,9 +6,11 @@ without exactly one verdict is no score. Owned by one event loop. Knows nothing 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from contracts.errors import EngineError
@@ -34,19 +36,22 @@ class Preference(NamedTuple):
 
 
 class _Budget:
-    """One judge's calls of the running hour."""
+    """One judge's places, and its calls of the running hour."""
 
-    __slots__ = ("running", "since", "used")
+    __slots__ = ("inside", "places", "since", "used")
 
-    def __init__(self) -> None:
-        self.running = self.used = 0
+    def __init__(self, judge: JudgeGrader) -> None:
+        self.places = asyncio.Semaphore(judge.max_in_flight)
+        self.inside = 0
+        """Running and waiting."""
+        self.used = 0
         self.since = float("-inf")
 
     def refusal(self, judge: JudgeGrader, calls: int, now: float) -> str | None:
         """Why no further calls may start, None when they may."""
         if now - self.since >= _HOUR_S:
             self.since, self.used = now, 0
-        if self.running >= judge.max_in_flight:
+        if self.inside >= judge.max_in_flight + judge.max_queued:
             return "busy"
         return "budget" if judge.per_hour is not None and self.used + calls > judge.per_hour else None
 
@@ -66,7 +71,7 @@ class Judging:
         self.names = names
         self._client = client
         self._metrics = metrics
-        self._budgets = {name: _Budget() for name in judges}
+        self._budgets = {name: _Budget(judge) for name, judge in judges.items()}
         self._complained_at = float("-inf")
 
     async def score(self, name: str, request: dict[str, Any], text: str) -> float | None:
@@ -74,10 +79,8 @@ class Judging:
         judge = self.judges[name]
         if not self._admit(name, 1, request, text):
             return None
-        try:
+        async with self._place(name):
             return await self._score(name, judge, request, text)
-        finally:
-            self._budgets[name].running -= 1
 
     async def prefer(
         self, name: str, pair_id: str, request: dict[str, Any], canary: str, reference: str
@@ -87,7 +90,7 @@ class Judging:
         both = judge.mode is Mode.PAIRWISE
         if not self._admit(name, 1 if both else 2, request, canary, reference):
             return None
-        try:
+        async with self._place(name):
             if both:
                 return await self._verdict(name, judge, pair_id, request, canary, reference)
             value = paired(
@@ -95,8 +98,6 @@ class Judging:
                 await self._score(name, judge, request, reference),
             )
             return None if value is None else Preference(value)
-        finally:
-            self._budgets[name].running -= 1
 
     async def _verdict(
         self,
@@ -129,8 +130,18 @@ class Judging:
             self._metrics.judge_dropped.labels(self.names[name], reason).inc()
             return False
         budget.used += calls
-        budget.running += 1
         return True
+
+    @asynccontextmanager
+    async def _place(self, name: str) -> AsyncIterator[None]:
+        """Wait for one of the judge's places, and hold it."""
+        budget = self._budgets[name]
+        budget.inside += 1
+        try:
+            async with budget.places:
+                yield
+        finally:
+            budget.inside -= 1
 
     async def _ask(self, name: str, judge: JudgeGrader, body: dict[str, Any]) -> str | None:
         try:
