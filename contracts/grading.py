@@ -177,6 +177,19 @@ Grader = Annotated[
 """Any grader of the configuration."""
 
 
+class PrometheusConfig(StrictConfig):
+    """The external Prometheus that metrics of kind `query` are asked of."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+\S*$")
+    """Base URL, e.g. http://prometheus:9090, with whatever prefix it is served under."""
+    timeout_s: float = Field(default=5.0, gt=0, le=60)
+    """For one query. While it lasts the controller waits: keep it below its lease (15 s)."""
+    lag_s: float = Field(default=30.0, ge=0)
+    """Looks end this long before now: two scrape intervals, so that no sample of a window comes after it."""
+    bearer_token_env: str | None = None
+    """Environment variable that holds the token; the token itself is never stored."""
+
+
 class GraderSet(StrictConfig):
     """Graders by name, and the upstreams that they name."""
 

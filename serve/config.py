@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from contracts.config import StrictConfig, load_config
 from contracts.errors import ConfigError
-from contracts.grading import GraderSet
+from contracts.grading import GraderSet, PrometheusConfig
 from contracts.routes import RouteFields, RouteSettings, Shadow, ShadowFields
 from contracts.traffic import NAME, Upstream
 from serve.engine.config import EngineOptions
@@ -130,17 +130,6 @@ class RouterSection(RouterConfig):
         return value
 
 
-class PrometheusSection(StrictConfig):
-    """The external Prometheus that rollouts' metrics of kind `query` are asked of."""
-
-    url: str = Field(pattern=r"^https?://[^/\s]+\S*$")
-    """Base URL, e.g. http://prometheus:9090, with whatever prefix it is served under."""
-    timeout_s: float = Field(default=5.0, gt=0, le=60)
-    """For one query; a slower one is an error of the metric at that look."""
-    bearer_token_env: str | None = None
-    """Environment variable that holds the token; the token itself is never stored."""
-
-
 class ServeConfig(GraderSet):
     """Everything `stillhouse up` needs."""
 
@@ -159,7 +148,7 @@ class ServeConfig(GraderSet):
     """Upstream name → what it is. Usually at least the teacher."""
     routes: dict[str, RouteSection]
     """Route (the model name clients ask for) → the upstream that answers before any rollout, and settings."""
-    prometheus: PrometheusSection | None = None
+    prometheus: PrometheusConfig | None = None
     """Where metrics of kind `query` are asked; None: a policy cannot have any."""
     policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
     """Rollout policies by name; 'default' is used when none is named."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from contracts.grading import STABLE, GraderFields, JudgeGrader, ScoreRow
+from contracts.metrics import PAIR
 from contracts.traffic import Arm, Outcome, Reason
 from serve.grading.graders import NamedPreference, pair_graders, paired
 from serve.grading.sampling import sampled
@@ -26,9 +27,6 @@ from serve.router.metrics import Metrics
 from serve.router.scores import Scores
 
 _log = logging.getLogger("stillhouse.router")
-
-PAIR = "pair"
-"""The ledger's arm of paired scores; they are never pooled with those of served answers."""
 
 
 class PairGrading:
