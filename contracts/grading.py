@@ -182,8 +182,8 @@ class PrometheusConfig(StrictConfig):
 
     url: str = Field(pattern=r"^https?://[^/\s]+\S*$")
     """Base URL, e.g. http://prometheus:9090, with whatever prefix it is served under."""
-    timeout_s: float = Field(default=5.0, gt=0, le=60)
-    """For one query. While it lasts the controller waits: keep it below its lease (15 s)."""
+    timeout_s: float = Field(default=3.0, gt=0, le=5)
+    """For one query. A look of a rollout takes three times this at most; the controller waits meanwhile."""
     lag_s: float = Field(default=30.0, ge=0)
     """Looks end this long before now: two scrape intervals, so that no sample of a window comes after it."""
     bearer_token_env: str | None = None

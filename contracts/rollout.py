@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from contracts.config import Record
 from contracts.gates import Verdict
+from contracts.hooks import HookPoint, HookSpec
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec, Role
 from contracts.traffic import NAME, Upstream
 
@@ -25,6 +26,7 @@ class Phase(StrEnum):
     RAMPING = "ramping"
     HELD = "held"
     PAUSED = "paused"
+    WATCHING = "watching"
     PROMOTING = "promoting"
     PROMOTED = "promoted"
     ROLLING_BACK = "rolling_back"
@@ -43,12 +45,21 @@ PHASE_SENTENCES: dict[Phase, str] = {
     Phase.RAMPING: "the canary gets its step's share of traffic while evidence accumulates",
     Phase.HELD: "the step is over but its evidence is not there yet; the weight stays",
     Phase.PAUSED: "a person paused it; the weight stays, harm is still judged",
-    Phase.PROMOTING: "all tests passed; the canary takes all traffic and the old stable drains",
+    Phase.WATCHING: "promoted; the former stable keeps a share as the control while late harm is watched for",
+    Phase.PROMOTING: "it is decided; the student takes all traffic and the old stable drains",
     Phase.PROMOTED: "the student is the route's stable upstream",
     Phase.ROLLING_BACK: "the weight is zero again and the canary drains",
     Phase.ROLLED_BACK: "the student was thrown back; if it did harm its digest is quarantined",
     Phase.ABORTED: "it ended without a verdict (a person, or its engine failed); the route is as before",
 }
+
+
+class SrmRule(StrEnum):
+    """What a sample-ratio mismatch does to a rollout: its evidence cannot be trusted then."""
+
+    HOLD = "hold"
+    ROLLBACK = "rollback"
+    IGNORE = "ignore"
 
 
 class Step(Record):
@@ -60,6 +71,8 @@ class Step(Record):
     min_dwell_s: float = Field(default=0, ge=0)
     evidence: float | None = Field(default=None, ge=0)
     """Non-inferiority e-value every metric must reach to leave the step; default: a ladder up to 1/alpha."""
+    approval: bool = False
+    """A person must approve before this step is left; harm rolls back while it waits."""
 
 
 class RolloutSpec(Record):
@@ -75,6 +88,8 @@ class RolloutSpec(Record):
     digest: str | None = None
     steps: tuple[Step, ...]
     metrics: tuple[MetricSpec, ...]
+    mirror: float = Field(default=0.0, ge=0, le=1)
+    """Share of the stable arm's conversations that the canary is asked too, while it has a step."""
     alpha_harm: float = Field(default=0.05, gt=0, lt=1)
     alpha_promote: float = Field(default=0.05, gt=0, lt=1)
     look_s: float = Field(default=60.0, gt=0)
@@ -87,6 +102,22 @@ class RolloutSpec(Record):
     drain_timeout_s: float = Field(default=300.0, gt=0)
     hold_final: bool = False
     """An A/B test: stay on the last step until a person decides."""
+    windows: tuple[str, ...] = ()
+    """When a step may begin and a promotion happen: 'Mon-Fri 09:00-17:00 Europe/Berlin'; empty: always."""
+    cooldown_s: float = Field(default=600.0, ge=0)
+    """After a rollback the route takes no new rollout for this long."""
+    srm: SrmRule = SrmRule.HOLD
+    alpha_srm: float = Field(default=0.001, gt=0, lt=1)
+    """A step's sample-ratio mismatch is shown at an e-value of 1/alpha_srm."""
+    srm_unit_requests: float = Field(default=1.0, ge=1)
+    """Requests a conversation usually makes: they are assigned together and count as one there."""
+    watch_s: float = Field(default=0.0, ge=0)
+    """Seconds in which late harm restores the former stable after the promotion; 0: no watch."""
+    holdback: float = Field(default=0.05, gt=0, le=0.5)
+    """Share of the traffic that the former stable keeps during the watch."""
+    watch_arl: float = Field(default=28_800.0, gt=1)
+    """Looks until the watch's detector gives a false alarm, on average at least."""
+    hooks: tuple[HookSpec, ...] = ()
     created_at: float
     created_by: str = "cli"
 
@@ -140,6 +171,38 @@ class MetricStatus(Record):
     """The test's own state (mixture components, predictable estimates); opaque outside serve.rollout."""
 
 
+class Confirming(Record):
+    """A move that waits for hooks to confirm it."""
+
+    key: str
+    """The move, e.g. 'before_step:2'."""
+    point: HookPoint
+    accepted: tuple[int, ...] = ()
+    """Indices in the spec's hooks of those that said yes."""
+    errors: int = Field(default=0, ge=0)
+    """Errors of hooks in a row: a budget of their own."""
+    retry_at: float = 0.0
+    words: str = ""
+    """What the last hook that did not say yes said."""
+
+
+class WatchStatus(Record):
+    """What the watch after a promotion has seen: the arms are swapped, the former stable is the control."""
+
+    until: float
+    split_version: int
+    """The split whose counts are swapped; those of older ones are not the watch's."""
+    metrics: tuple[MetricStatus, ...] = ()
+    detectors: dict[str, list[float]] = Field(default_factory=dict)
+    """Guardrail → its detector's state; opaque outside serve.rollout."""
+    log_alarm: float = 0.0
+    """The strongest detector now."""
+    worst: str = ""
+    """Whose that is."""
+    counts: dict[str, ArmCounts] = Field(default_factory=dict)
+    """'stable': the former stable, 'canary': the student."""
+
+
 class RolloutStatus(Record):
     """Where a rollout is and what it has seen; persisted at every tick."""
 
@@ -150,7 +213,7 @@ class RolloutStatus(Record):
     reason: str = ""
     """One sentence: why it is in this phase."""
     decision: str | None = None
-    """'promoted', 'rolled_back' or 'aborted' once decided."""
+    """'promoted', 'rolled_back' or 'aborted' once decided; late harm turns the first into the second."""
     phase_since: float = 0.0
     step_since: float = 0.0
     last_canary_at: float | None = None
@@ -170,3 +233,17 @@ class RolloutStatus(Record):
     """The route's stable upstream when the ramp began: what a promotion drains and retires."""
     engine_errors: int = Field(default=0, ge=0)
     """Errors in a row of whoever runs the engine: a budget of their own, never held against the student."""
+    retry_at: float = 0.0
+    """When what failed is tried again."""
+    log_srm: float = 0.0
+    """Highest e-value (log) of a sample-ratio mismatch in this step."""
+    srm: Verdict = Verdict.NO_DATA
+    """FAIL once the mismatch is shown, for the rest of the step."""
+    approved: tuple[str, ...] = ()
+    """What a person approved, e.g. 'step:2', 'srm:2', 'objective:2'."""
+    confirm: Confirming | None = None
+    confirmed: tuple[str, ...] = ()
+    """Moves that all their hooks confirmed."""
+    watch: WatchStatus | None = None
+    champion: str = ""
+    """What the registry was told: '', 'promoted' or 'restored'."""

@@ -1,4 +1,5 @@
-"""collect: request-log segments in, disjoint parquet files of samples out (train, calibration, validation).
+"""collect: request-log segments and users' feedback in, disjoint parquet files of samples out (train,
+calibration, validation).
 
 Unit of work: a segment. Ray Data maps the segments; duplicates and the split are decided over all of them.
 Knows nothing about tokens or the teacher's weights.
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from contracts.errors import ConfigError, DataError
 from distill_jobs.collecting.dedupe import Sample, clusters, drop_exact, drop_resembling
+from distill_jobs.collecting.judgements import read_judgements, write_judged
 from distill_jobs.collecting.rows import SCHEMA, conversation, normalise, parse_segment, request_text
 from distill_jobs.collecting.split import split
 from distill_jobs.collecting.window import Segment
@@ -29,6 +31,8 @@ from distill_jobs.ray_session import ray_session
 from distill_jobs.stage import Result
 
 OUT_SCHEMA = pa.schema([f for f in SCHEMA if f.name != "signature"])
+
+_JUDGED = "judged.json"
 
 Mapper = Callable[[list[dict[str, Any]]], Iterator[dict[str, Any]]]
 
@@ -42,9 +46,12 @@ def run(
     ray_address: str = "auto",
 ) -> Result:
     """Collect the window's samples into `folder`. Raises: DataError when too few are left."""
-    tasks = [_task(config, segment, folder) for segment in window]
+    segments = [s for s in window if not s.is_feedback]
     mapper: Mapper = _map_local if config.executor == "local" else partial(_map_ray, ray_address)
-    counts: Counter[str] = Counter(segments=len(window), torn_tail=sum(s.torn for s in window))
+    counts: Counter[str] = Counter(segments=len(segments), torn_tail=sum(s.torn for s in segments))
+    judged = read_judgements(config.log_dir, (s for s in window if s.is_feedback), counts)
+    write_judged(folder / _JUDGED, judged)
+    tasks = [_task(config, segment, folder) for segment in segments]
     malformed: dict[str, list[int]] = {}
     for done, report in enumerate(_finished_first(tasks, mapper), start=1):
         counts.update(report["counts"])
@@ -76,6 +83,7 @@ def _task(config: CollectConfig, segment: Segment, folder: Path) -> dict[str, An
     return {
         "segment": segment.model_dump(),
         "log_dir": str(config.log_dir.resolve()) if isinstance(config.log_dir, Path) else config.log_dir,
+        "judged": str((folder / _JUDGED).resolve()),
         "out": str((folder / "segments" / f"{segment.digest[:24]}.parquet").resolve()),
         "config": config.model_dump(mode="json"),
     }

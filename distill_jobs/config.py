@@ -47,7 +47,12 @@ class CollectConfig(Section):
     require_json: bool = False
     """Keep only answers that parse as JSON."""
     drop_failed_grades: bool = False
-    """Drop answers that an online grader scored 0. Off: the student learns the teacher, mistakes included."""
+    """Drop answers that an online grader scored 0. Off: the student learns the teacher, mistakes too."""
+    corrections: bool = True
+    """A correction that a user sent as feedback takes the place of the logged answer. Turn it off where anybody
+    may send feedback: the student learns what is written there."""
+    drop_bad_feedback: bool = True
+    """Drop answers that a user called bad without correcting them."""
     max_chars: int = Field(default=32_000, ge=1)
     """Longest request plus answer, in characters."""
     max_rows: int | None = Field(default=None, ge=1)

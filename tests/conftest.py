@@ -10,8 +10,14 @@ import atexit
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from tests.integration.postgres import Postgres
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,3 +61,37 @@ def prometheus() -> Path:
     from tests.tools import debian_binary
 
     return debian_binary("prometheus", "prometheus")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL server; see tests/integration/postgres.py."""
+    from tests.integration.postgres import Postgres
+
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """URL of an empty PostgreSQL database of this test's own."""
+    return postgres.new_database()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def state_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty state store, on every database that may hold one."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/deep/er/state.db"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def engine(state_url: str) -> Iterator[Engine]:
+    """An empty state store, on every database that may hold one."""
+    from serve.state.tables import open_state
+
+    opened = open_state(state_url)
+    yield opened
+    opened.dispose()

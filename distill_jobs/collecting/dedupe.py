@@ -18,7 +18,9 @@ _WEIGHTS = (0.1, 0.9)
 
 
 def drop_exact(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample a digest, sorted by digest; of several answers the latest (the teacher of today) stays."""
+    """One sample a digest, sorted by digest; of several answers the latest (the teacher of today) stays, a
+    person's correction before any.
+    """
     latest: dict[str, Sample] = {}
     for sample in samples:
         old = latest.get(sample["sample_digest"])
@@ -27,8 +29,8 @@ def drop_exact(samples: Sequence[Sample]) -> list[Sample]:
     return [latest[d] for d in sorted(latest)]
 
 
-def _rank(sample: Sample) -> tuple[bool, float, str]:
-    return sample["answer"] is not None, sample["ts"], sample["request_id"]
+def _rank(sample: Sample) -> tuple[bool, bool, float, str]:
+    return sample["answer"] is not None, sample["corrected"], sample["ts"], sample["request_id"]
 
 
 def drop_resembling(

@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from contracts.traffic import LogMode, Outcome, RequestRow
+from distill_jobs.collecting.judgements import Judged, read_judged
 from distill_jobs.collecting.shingles import signature
 from distill_jobs.collecting.window import Segment, place, read_segment
 from distill_jobs.keys import sha256_of
 
 CHAT = "chat"
+NOT_JUDGED = Judged()
 MAX_NAMED = 20
 """Malformed lines named by number in a segment's report."""
 
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
         ("ts", pa.float64()),
         ("upstream", pa.string()),
         ("answer_digest", pa.string()),
+        ("corrected", pa.bool_()),
         ("signature", pa.list_(pa.uint32())),
     ]
 )
@@ -46,7 +49,7 @@ SCHEMA = pa.schema(
 def parse_segment(task: dict[str, Any]) -> dict[str, Any]:
     """Filter a pinned segment into `task["out"]`; returns its counts. Done already: reads them back.
 
-    `task` holds log_dir, segment, out and config (a CollectConfig), all as JSON values.
+    `task` holds log_dir, segment, out, judged (a file) and config (a CollectConfig), all as JSON values.
     """
     out = Path(task["out"])
     report = out.with_suffix(".json")
@@ -57,6 +60,7 @@ def parse_segment(task: dict[str, Any]) -> dict[str, Any]:
     malformed: list[int] = []
     samples: list[dict[str, Any]] = []
     segment = Segment.model_validate(task["segment"])
+    judged = read_judged(Path(task["judged"]))
     for number, line in enumerate(read_segment(place(task["log_dir"]), segment).split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -67,11 +71,13 @@ def parse_segment(task: dict[str, Any]) -> dict[str, Any]:
             counts["malformed"] += 1
             malformed.append(number)
             continue
-        why = refusal(row, task["config"])
+        said = _heeded(judged.get(row.request_id), task["config"])
+        why = refusal(row, task["config"], said)
         if why is not None:
             counts[why] += 1
             continue
-        samples.append(to_sample(row, task["config"]))
+        counts["corrected"] += said.correction is not None
+        samples.append(to_sample(row, task["config"], said))
     counts["kept"] = len(samples)
     _write(out, samples, task["config"]["near_duplicates"] is not None)
     result = {"name": segment.name, "counts": dict(counts), "malformed_lines": malformed[:MAX_NAMED]}
@@ -81,7 +87,15 @@ def parse_segment(task: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def refusal(row: RequestRow, config: dict[str, Any]) -> str | None:
+def _heeded(said: Judged | None, config: dict[str, Any]) -> Judged:
+    """As much of a judgement as the configuration wants to hear."""
+    if said is None:
+        return NOT_JUDGED
+    correction = said.correction if config["corrections"] else None
+    return Judged(correction, said.good if config["drop_bad_feedback"] else None)
+
+
+def refusal(row: RequestRow, config: dict[str, Any], said: Judged = NOT_JUDGED) -> str | None:
     """The first rule that a row breaks, as the name it is counted under; None keeps it."""
     if CHAT not in row.endpoint:
         return "not_chat"
@@ -95,10 +109,17 @@ def refusal(row: RequestRow, config: dict[str, Any]) -> str | None:
         return "texts_not_logged"
     if conversation(row.request) is None:
         return "not_text"
-    if len(str(row.request.get("messages"))) + len(answer_of(row) or "") > config["max_chars"]:
+    answer = answer_of(row) if said.correction is None else said.correction
+    if len(str(row.request.get("messages"))) + len(answer or "") > config["max_chars"]:
         return "too_long"
+    if (
+        said.correction is not None
+    ):  # a person's text: whose answer it corrects, and how that ended, is no matter
+        return _bad_text(said.correction, config)
     if _by_other(row, config):
         return None if config["other_answers"] == "relabel" else "other_upstream"
+    if said.good is False:
+        return "bad_feedback"
     return _bad_answer(row, config)
 
 
@@ -108,11 +129,14 @@ def _bad_answer(row: RequestRow, config: dict[str, Any]) -> str | None:
         return "not_ok"
     if row.finish_reason != "stop":
         return "not_finished"
-    answer = answer_of(row)
+    if config["drop_failed_grades"] and 0.0 in row.scores.values() and answer_of(row):
+        return "failed_grade"
+    return _bad_text(answer_of(row), config)
+
+
+def _bad_text(answer: str | None, config: dict[str, Any]) -> str | None:
     if not answer:
         return "no_text"
-    if config["drop_failed_grades"] and 0.0 in row.scores.values():
-        return "failed_grade"
     if config["require_json"] and not _is_json(answer):
         return "not_json"
     return None
@@ -168,22 +192,24 @@ def request_text(messages: list[dict[str, Any]]) -> str:
     return normalise("\n".join(spoken))
 
 
-def to_sample(row: RequestRow, config: dict[str, Any]) -> dict[str, Any]:
+def to_sample(row: RequestRow, config: dict[str, Any], said: Judged = NOT_JUDGED) -> dict[str, Any]:
     """The sample of a kept row. Its digest is over the normalised conversation (and tools), not the
     answer.
     """
     messages = conversation(row.request) or []
+    answer = None if _by_other(row, config) else answer_of(row)
     identity = [[m["role"], normalise(m["content"])] for m in messages]
     return {
         "sample_digest": sha256_of([identity, row.request.get("tools")]),
         "request": orjson.dumps(row.request).decode(),
         "messages": orjson.dumps(messages).decode(),
-        "answer": None if _by_other(row, config) else answer_of(row),
+        "answer": answer if said.correction is None else said.correction,
         "text": request_text(messages),
         "request_id": row.request_id,
         "ts": row.ts,
         "upstream": row.upstream,
         "answer_digest": row.digest,
+        "corrected": said.correction is not None,
     }
 
 

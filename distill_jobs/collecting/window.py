@@ -1,4 +1,4 @@
-"""The log window of a job: which bytes of which segments, fixed when the job first starts.
+"""The log window of a job: which bytes of which segments (requests, feedback), fixed when it first starts.
 
 Serving goes on writing while a job runs; a job that is killed and started again must see the same rows. The
 log is a folder, or any fsspec URL that routers upload to. Knows nothing about what is in a row.
@@ -15,7 +15,7 @@ from contracts.config import Record, write_atomic
 from contracts.errors import ConfigError, DataError
 
 _OPEN = ".open.jsonl"
-_NO_ROWS = "feedback-"
+_FEEDBACK = "feedback-"
 """What users said lies beside the rows."""
 
 Place = Path | str
@@ -30,6 +30,11 @@ class Segment(Record):
     digest: str
     torn: int = 0
     """1 when the file went on with an unfinished line at that moment."""
+
+    @property
+    def is_feedback(self) -> bool:
+        """True when its lines are users' judgements, not requests."""
+        return self.name.startswith(_FEEDBACK)
 
 
 def place(text: str) -> Place:
@@ -47,7 +52,7 @@ def pin_window(log_dir: Place, file: Path) -> list[Segment]:
     # By closed name: a segment that is renamed while the folder is listed may appear under both names.
     found = {_closed(name): name for name in sorted(_names(log_dir), reverse=True)}
     segments = [s for name in sorted(found.values()) if (s := _measure(log_dir, name)).bytes]
-    if not segments:
+    if all(s.is_feedback for s in segments):
         raise DataError(
             f"There are no request-log segments (*.jsonl) with rows in {log_dir}. Send traffic first."
         )
@@ -87,7 +92,7 @@ def _names(log_dir: Place) -> list[str]:
             names = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
         except FileNotFoundError:
             names = []
-    return [n for n in names if n.endswith(".jsonl") and not n.startswith((_NO_ROWS, "."))]
+    return [n for n in names if n.endswith(".jsonl") and not n.startswith(".")]
 
 
 def _read(log_dir: Place, name: str, size: int | None = None) -> bytes:

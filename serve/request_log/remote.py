@@ -5,21 +5,34 @@ Knows names and bytes, nothing about rows.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import ConfigError
 from serve.request_log.segments import is_final
 
+_PASSWORD = re.compile(r"^[^:/]+://[^/@:]*:(?!\d+/).*@")
+"""Also one with slashes, as secrets of S3 have; a port is none."""
 _LOCAL = frozenset(("file", "local"))
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 class Remote:
-    """Segments below one URL, e.g. s3://bucket/prefix; credentials come from the environment, as usual."""
+    """Segments below one URL, e.g. s3://bucket/prefix.
+
+    Credentials, and the endpoint of a store that is not the provider's own, come from the environment as the
+    protocol's package reads it: for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL_S3 or a
+    profile or role, for every protocol FSSPEC_<PROTOCOL>_<OPTION>. The bucket must exist.
+    """
 
     def __init__(self, url: str) -> None:
-        """Raises: ConfigError when the URL's protocol is unknown or its package is missing."""
+        """Raises: ConfigError when the URL holds a password, is of no known protocol, or needs a package."""
+        if _PASSWORD.match(url):  # the URL is in log lines; it is not quoted here either
+            raise ConfigError(
+                "log.upload: the URL holds a password; give credentials in the environment, "
+                "e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         self.url = url
         import fsspec  # here: whoever only reads configurations need not wait for it
 
@@ -34,6 +47,7 @@ class Remote:
         self._root: str = found[1].rstrip("/")
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._is_local = bool(protocols & _LOCAL)
+        self._has_buckets = bool(protocols & set(_EXTRAS))
 
     def names(self) -> list[str]:
         """Names of the final segments there, oldest first."""
@@ -61,6 +75,8 @@ class Remote:
         try:
             self._fs.pipe_file(self._path(name), data)
         except FileNotFoundError:  # a file system with real folders, e.g. SFTP
+            if self._has_buckets:
+                raise  # a bucket is nobody's to make in passing: a wrong name would fill one nobody knows of
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(self._path(name), data)
 

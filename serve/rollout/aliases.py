@@ -30,6 +30,21 @@ def rolled_back_hook(registry: Registry) -> Callable[[RolloutSpec], None]:
     return lambda spec: _no_challenger(registry, spec, "rolled back")
 
 
+def restored_hook(registry: Registry) -> Callable[[RolloutSpec], None]:
+    """Late harm took a promotion back: `champion` goes back, unless others moved it since."""
+
+    def on_restored(spec: RolloutSpec) -> None:
+        ref = parse_ref(spec.model_ref)
+        mine = [e for e in registry.alias_events(ref.name) if e.alias == CHAMPION and e.by == _by(spec)]
+        promoted = next((e for e in reversed(mine) if e.version == ref.version), None)
+        if promoted is not None and registry.aliases(ref.name).get(CHAMPION) == ref.version:
+            registry.set_alias(
+                ref.name, CHAMPION, promoted.previous, _by(spec), f"restored on route {spec.route}"
+            )
+
+    return on_restored
+
+
 def _no_challenger(registry: Registry, spec: RolloutSpec, what: str) -> None:
     ref = parse_ref(spec.model_ref)
     if registry.aliases(ref.name).get(CHALLENGER) == ref.version:

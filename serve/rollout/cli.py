@@ -17,6 +17,9 @@ from rich.text import Text
 from contracts.errors import NotFoundError
 from serve.rollout import view
 from serve.rollout.cli_stack import StackHandle, open_stack
+from serve.rollout.messages import messages_table
+from serve.rollout.policy import ab_policy
+from serve.rollout.replay import replay
 from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
 from serve.state.rollouts import StoredRollout
 
@@ -48,6 +51,16 @@ def start(
     ],
     policy: Annotated[str | None, typer.Option(help="Rollout policy of the configuration.")] = None,
     reason: Why = "",
+    ab: Annotated[
+        float | None,
+        typer.Option("--ab", help="An A/B test instead of a ramp: this share, until a person decides."),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Do not wait for the cooldown after a rollback, nor for a judge's check."
+        ),
+    ] = False,
     force_quarantined: Annotated[
         bool, typer.Option("--force-quarantined", help="Try a model again that was thrown back before.")
     ] = False,
@@ -56,19 +69,23 @@ def start(
     """Start moving ROUTE onto MODEL. Returns at once; follow it with 'rollout watch ROUTE'."""
     check_model_ref(model)
     stack = open_stack(config)
+    picked = pick_policy(stack.policies, policy)
     spec = start_rollout(
         stack.rollouts,
         stack.traffic,
         stack.open_registry(),
-        pick_policy(stack.policies, policy),
+        picked if ab is None else ab_policy(picked, ab),
         route,
         model,
         reason=reason,
+        force=force,
         force_quarantined=force_quarantined,
+        sources=stack.sources,
     )
     steps = " → ".join(f"{100 * s.weight:g}" for s in spec.steps)
     console.print(f"Rollout [bold]{spec.id}[/] of {spec.model_ref} on route {route} accepted.")
-    console.print(f"Ramp {steps} → 100 %, guardrails: {', '.join(m.key for m in spec.metrics)}.")
+    ramp = f"A/B test at {steps} %" if ab is not None else f"Ramp {steps} → 100 %"
+    console.print(f"{ramp}, guardrails: {', '.join(m.key for m in spec.metrics)}.")
     console.print(f"Follow it with: stillhouse rollout watch {route}")
 
 
@@ -118,14 +135,29 @@ def resume(route: Route, reason: Why = "", config: Config = None) -> None:
 
 
 @app.command()
+def approve(route: Route, reason: Why = "", config: Config = None) -> None:
+    """Let the rollout leave a step that waits for a person.
+
+    That is: for an approval, after a sample-ratio mismatch, or because an objective got worse.
+    """
+    _ask(route, "approve", reason, config)
+
+
+@app.command()
 def promote(route: Route, reason: Why = "", config: Config = None) -> None:
-    """Give the canary all traffic now, before the tests are done. Only shown harm still stops it."""
+    """Give the canary all traffic now, before the tests are done; while it is watched: end the watch now.
+
+    Shown harm and the policy's schedule still stop it; approvals and confirming hooks do not.
+    """
     _ask(route, "promote", reason, config)
 
 
 @app.command()
 def abort(route: Route, reason: Why = "", config: Config = None) -> None:
-    """End the rollout: weight zero, canary drained and removed. The model is not quarantined."""
+    """End the rollout: weight zero, canary drained and removed. The model is not quarantined.
+
+    While it is watched after its promotion: take the promotion back.
+    """
     _ask(route, "abort", reason, config)
 
 
@@ -151,11 +183,32 @@ def history(
             console.print(view.history_table(found) if found else "No rollouts yet.")
         return
     one, trail = stack.rollouts.get(rollout_id), stack.rollouts.audit(rollout_id)
+    messages = stack.outbox.of(rollout_id)
     if json_out:
         entries = [e.model_dump(mode="json") for e in trail]
-        typer.echo(json.dumps({**view.as_json(one), "audit": entries}, indent=2))
+        told = [m.model_dump(mode="json", exclude={"hook": {"url"}}) for m in messages]
+        typer.echo(json.dumps({**view.as_json(one), "audit": entries, "messages": told}, indent=2))
         return
     console.print(view.rollout_panel(one), view.audit_table(trail, transitions_only=not looks))
+    if messages:
+        console.print(messages_table(messages))
+
+
+@app.command("replay")
+def replay_command(
+    rollout_id: Annotated[str, typer.Argument(help="The rollout's id, as 'rollout history' lists it.")],
+    json_out: Json = False,
+    config: Config = None,
+) -> None:
+    """Take every decision again from the audit trail, compare bit for bit; exit code 1 when one differs."""
+    stack = open_stack(config)
+    found = replay(stack.rollouts.get(rollout_id), stack.rollouts.audit(rollout_id))
+    if json_out:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        console.print(found.sentence())
+    if not found.exact:
+        raise typer.Exit(1)
 
 
 def _ask(route: str, verb: str, reason: str, config: str | None) -> None:

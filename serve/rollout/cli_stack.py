@@ -6,11 +6,14 @@ Tests give their own StackHandle. Knows nothing about the commands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
+from serve.rollout.sources import Sources
+from serve.state.judges import JudgeState
+from serve.state.outbox import OutboxState
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
@@ -22,9 +25,11 @@ class StackHandle:
 
     rollouts: RolloutState
     traffic: TrafficState
+    outbox: OutboxState
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
+    sources: Sources = field(default_factory=Sources)
 
 
 def open_stack(config_path: str | None) -> StackHandle:
@@ -41,4 +46,17 @@ def open_stack(config_path: str | None) -> StackHandle:
 
         return MlflowRegistry(config.registry_uri)
 
-    return StackHandle(RolloutState(engine), TrafficState(engine), dict(config.policies), open_registry)
+    sources = Sources(
+        graders=config.graders,
+        upstreams={upstream.name: upstream for upstream in config.upstream_nouns()},
+        prometheus=config.prometheus,
+        latest_check=JudgeState(engine).latest,
+    )
+    return StackHandle(
+        RolloutState(engine),
+        TrafficState(engine),
+        OutboxState(engine),
+        dict(config.policies),
+        open_registry,
+        sources,
+    )

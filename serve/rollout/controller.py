@@ -1,10 +1,10 @@
-"""The control loop: observe every active rollout, decide, act, remember. The only module that does things.
+"""The control loop: observe what is due, decide, act, remember. The only module that does things.
 
 Kill-safe by construction: what it knows is in the state store; what it does is derived from the stored phase
-and is idempotent, so doing it again after a kill is harmless. Status, audit, split, quarantine and consumed
-commands of a tick are one transaction; a second controller is kept out by the lease, and by the status
-version if the lease was lost in mid-tick. Does not know Ray (see Deployer), MLflow (see the hooks) or
-statistics.
+and is idempotent, so doing it again after a kill is harmless. Status, audit, split, quarantine, consumed
+commands and messages to webhooks of a tick are one transaction; a second controller is kept out by the lease,
+and by the status version if the lease was lost in mid-tick. Does not know Ray (see Deployer), MLflow (see the
+hooks) or statistics.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ from collections.abc import Callable
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from contracts.errors import ConflictError, EngineError, StillhouseError
-from contracts.rollout import Phase, RolloutSpec
+from contracts.errors import ConflictError, StillhouseError
+from contracts.rollout import RolloutSpec
 from contracts.traffic import Upstream
 from serve.rollout import evidence
+from serve.rollout.confirmer import Confirmer
+from serve.rollout.courier import Courier
 from serve.rollout.decide import decide
 from serve.rollout.deployer import Deployer
 from serve.rollout.metrics import ControllerMetrics
-from serve.rollout.observation import Action, Asked, Decision, Observation, SeenWindow
-from serve.rollout.replay import audit_entries
-from serve.state.rollouts import RolloutState, StoredRollout
+from serve.rollout.notices import notices
+from serve.rollout.observation import Action, Decision, Observation
+from serve.rollout.observe import Observer, loser_of
+from serve.rollout.queries import QueryReader
+from serve.rollout.replay import audit_entries, canonical
+from serve.state.rollouts import RolloutState, StoredRollout, Tick
 from serve.state.traffic import TrafficState
 
 log = logging.getLogger(__name__)
 
 LEASE = "rollout-controller"
 Hook = Callable[[RolloutSpec], None]
+_Decided = tuple[Tick, Observation, Decision]
 
 
 class Controller:
@@ -44,14 +50,16 @@ class Controller:
     Args:
         engine: the state store (`serve.state.tables.open_state`).
         deployer: whoever runs engines.
-        on_promoted, on_rolled_back: called before the terminal phase is stored, and again after a kill in
-            between, so they must be idempotent; e.g. move the registry's `champion` alias. What they raise is
-            retried within the error budget.
+        on_promoted, on_rolled_back, on_restored: called before the status that says so is stored, and again
+            after a kill in between, so they must be idempotent; e.g. move the registry's `champion` alias.
+            What they raise is retried within the error budget.
         tick_s: seconds between ticks.
         lease_ttl_s: after a crash another controller takes over when this has passed; keep it above the
             longest deployer call.
         router_max_age_s: a router replica that has not reported for this long is not waited for.
         clock: wall clock in Unix seconds.
+        confirmer, courier: who asks and who tells webhooks; None makes the real ones.
+        queries: who asks the external Prometheus; None: metrics of kind `query` have no data.
     """
 
     def __init__(
@@ -61,56 +69,99 @@ class Controller:
         *,
         on_promoted: Hook | None = None,
         on_rolled_back: Hook | None = None,
+        on_restored: Hook | None = None,
         tick_s: float = 0.5,
         lease_ttl_s: float = 15.0,
         router_max_age_s: float = 10.0,
         holder: str | None = None,
         metrics: ControllerMetrics | None = None,
         clock: Callable[[], float] = time.time,
+        confirmer: Confirmer | None = None,
+        courier: Courier | None = None,
+        queries: QueryReader | None = None,
     ) -> None:
         self._rollouts, self._traffic = RolloutState(engine), TrafficState(engine)
         self._deployer = deployer
-        self._hooks = {Action.NOTIFY_PROMOTED: on_promoted, Action.NOTIFY_ROLLED_BACK: on_rolled_back}
-        self._tick_s, self._lease_ttl_s, self._router_max_age_s = tick_s, lease_ttl_s, router_max_age_s
+        self._hooks = {
+            Action.NOTIFY_PROMOTED: on_promoted,
+            Action.NOTIFY_ROLLED_BACK: on_rolled_back,
+            Action.NOTIFY_RESTORED: on_restored,
+        }
+        self._tick_s, self._lease_ttl_s = tick_s, lease_ttl_s
         self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._metrics = metrics
-        self._clock = clock
+        self._leads_until = 0.0
+        self._confirmer = confirmer or Confirmer()
+        self._courier = courier or Courier(engine, leading=self.leading)
+        self._observer = Observer(
+            self._rollouts, self._traffic, deployer, self._confirmer, clock, router_max_age_s, queries
+        )
 
     def run_forever(self, stop: threading.Event) -> None:
-        """Tick until `stop` is set, then hand the lease back."""
+        """Tick until `stop` is set, then hand the lease back. Webhooks are told from a thread beside it."""
+        telling = threading.Thread(
+            target=self._courier.run_forever, args=(stop,), name="courier", daemon=True
+        )
+        telling.start()
         while not stop.is_set():
             started = time.monotonic()
             try:
                 self.tick()
             except (StillhouseError, SQLAlchemyError) as err:  # a store that is away comes back
                 log.warning("tick skipped, the state store did not answer: %s", err)
+                self._observer.reset()
             stop.wait(max(0.01, self._tick_s - (time.monotonic() - started)))
+        self._leads_until = 0.0
+        telling.join(10)
+        self._confirmer.close()
         self._rollouts.release_lease(LEASE, self.holder)
 
+    def leading(self) -> bool:
+        """True while this process may act: it holds the lease and has not sat on it for too long."""
+        return time.monotonic() < self._leads_until
+
     def tick(self) -> bool:
-        """One pass over all active rollouts; False when another controller holds the lease."""
+        """One pass over all active rollouts that are due; False when another controller holds the lease."""
         started = time.monotonic()
-        leading = self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s)
+        leading = self._lead()
         if self._metrics is not None:
             self._metrics.leader.set(1.0 if leading else 0.0)
         if not leading:
             return False
-        for stored in self._rollouts.active():
+        waiting: list[_Decided] = []
+        for stored in self._observer.begin():
+            if not self.leading() and not self._lead():
+                log.info("another controller took over in mid-tick")
+                return False
             try:
-                self.advance(stored)
+                self._step(stored, waiting)
             except ConflictError as err:
-                log.info("rollout %s: %s Looking again at the next tick.", stored.spec.id, err)
+                self._lost(stored, err)
             except Exception:
                 # One rollout's trouble must not stop the others from being judged and rolled back.
                 log.exception("rollout %s: tick failed, trying again", stored.spec.id)
+                self._observer.lost(stored.spec.id)
+        self._save_all(waiting)
         if self._metrics is not None:
             self._metrics.tick_seconds.observe(time.monotonic() - started)
         return True
 
-    def advance(self, stored: StoredRollout) -> StoredRollout:
-        """Observe, decide, act and store one rollout once; returns it as it is stored then."""
+    def _lead(self) -> bool:
+        """Take or renew the lease; what was read before another one led is read again."""
+        held, asked_at = self.leading(), time.monotonic()
+        if not self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s):
+            self._leads_until = 0.0
+            return False
+        if not held:
+            self._observer.reset()
+        # Counted from before it was asked for, and shorter than the store says: this clock gives up first.
+        self._leads_until = asked_at + 0.8 * self._lease_ttl_s
+        return True
+
+    def _step(self, stored: StoredRollout, waiting: list[_Decided]) -> None:
+        """Observe, decide and act once; ticks without an action are stored together at the end."""
         spec, before = stored.spec, stored.status
-        seen = self._observe(stored)
+        seen = self._observer.observe(stored)
         decision = decide(spec, before, seen)
         if decision.actions:
             failure = self._act(stored, decision.actions)
@@ -118,77 +169,31 @@ class Controller:
                 seen = seen.model_copy(update={"engine_error": failure})
                 decision = decide(spec, before, seen)
         if decision.status.ticks == before.ticks:
-            return stored
-        after = self._rollouts.save_tick(
-            stored,
-            decision.status,
-            audit_entries(spec, before, seen, decision),
-            split=decision.split,
-            done_commands=list(decision.done_commands),
-            quarantined=decision.quarantine,
-        )
-        self._tell(stored, decision)
-        return after
+            return
+        made = (_tick_of(stored, seen, decision), seen, decision)
+        if decision.actions or decision.split is not None:
+            self._rollouts.save_tick(made[0])
+            self._stored(made)
+        else:
+            waiting.append(made)
 
-    # observing ----------------------------------------------------------------------------------
+    def _save_all(self, waiting: list[_Decided]) -> None:
+        lost = self._rollouts.save_ticks([tick for tick, _, _ in waiting]) if waiting else {}
+        for made in waiting:
+            conflict = lost.get(made[0].before.spec.id)
+            if conflict is None:
+                self._stored(made)
+            else:
+                self._lost(made[0].before, conflict)
 
-    def _observe(self, stored: StoredRollout) -> Observation:
-        """Everything decide() needs; asks the engine only what the phase needs."""
-        spec, status = stored.spec, stored.status
-        pending = self._rollouts.pending_commands(spec.id)
-        commands = tuple(Asked(id=c.id, verb=c.verb, by=c.by, reason=c.reason) for c in pending)
-        seen = Observation(now=self._clock(), split=self._traffic.get_split(spec.route), commands=commands)
-        if status.engine_errors > 0 and seen.now < status.next_look_at:
-            return seen  # backing off
-        try:
-            if status.phase is Phase.PENDING:
-                return self._observe_pending(spec, seen)
-            if status.phase is Phase.WARMING:
-                return self._observe_warming(stored, seen)
-            seen = self._with_ledger(stored, seen)
-            if status.phase in (Phase.PROMOTING, Phase.ROLLING_BACK):
-                return self._observe_drain(stored, seen)
-            return seen
-        except EngineError as err:
-            return seen.model_copy(update={"engine_error": str(err)})
+    def _lost(self, stored: StoredRollout, err: ConflictError) -> None:
+        log.info("rollout %s: %s Looking again at the next tick.", stored.spec.id, err)
+        self._observer.lost(stored.spec.id)
 
-    def _observe_pending(self, spec: RolloutSpec, seen: Observation) -> Observation:
-        if spec.candidate.app is not None and spec.artifact_uri is not None:
-            self._deployer.deploy(spec.candidate, spec.artifact_uri)
-        return seen.model_copy(update={"ready": self._deployer.ready(spec.candidate)})
-
-    def _observe_warming(self, stored: StoredRollout, seen: Observation) -> Observation:
-        if stored.status.paused:
-            return seen
-        self._deployer.probe(stored.spec.candidate)
-        # Probing takes a while; the first step begins now, not when the tick began.
-        return seen.model_copy(update={"warmed": True, "now": self._clock()})
-
-    def _with_ledger(self, stored: StoredRollout, seen: Observation) -> Observation:
-        spec, cursor = stored.spec, dict(stored.status.cursor)
-        windows: dict[int, SeenWindow] = {}
-        for entry in self._traffic.read_ledger(spec.route, spec.id, cursor):
-            version = entry.split_version
-            window = windows.get(version) or SeenWindow(split_version=version)
-            windows[version] = window.plus(entry.arm, entry.counts)
-            cursor[entry.replica] = max(entry.seq, cursor.get(entry.replica, 0))
-        ordered = tuple(windows[version] for version in sorted(windows))
-        return seen.model_copy(update={"windows": ordered, "cursor": cursor})
-
-    def _observe_drain(self, stored: StoredRollout, seen: Observation) -> Observation:
-        loser = self._loser(stored)
-        version = 0 if seen.split is None else seen.split.version
-        routers = self._traffic.routers(self._router_max_age_s)
-        acknowledged = all(r.versions.get(stored.spec.route, 0) >= version for r in routers)
-        in_flight = 0
-        if loser is not None:
-            in_flight = sum(r.in_flight.get(loser.name, 0) for r in routers)
-            in_flight += self._deployer.in_flight(loser) if self._ours(loser, stored) else 0
-        return seen.model_copy(update={"acknowledged": acknowledged, "in_flight": in_flight})
-
-    @staticmethod
-    def _loser(stored: StoredRollout) -> Upstream | None:
-        return stored.status.stable if stored.status.decision == "promoted" else stored.spec.candidate
+    def _stored(self, made: _Decided) -> None:
+        tick, _, decision = made
+        self._observer.saved(tick.after(), decision.looked, decision.split)
+        self._tell(tick.before, decision)
 
     # acting -------------------------------------------------------------------------------------
 
@@ -209,18 +214,13 @@ class Controller:
         return None
 
     def _retire(self, stored: StoredRollout) -> None:
-        loser = self._loser(stored)
-        if loser is not None and self._ours(loser, stored) and not self._used_elsewhere(loser, stored):
+        loser = loser_of(stored)
+        if (
+            loser is not None
+            and self._observer.deployed_by_us(loser, stored)
+            and not self._used_elsewhere(loser, stored)
+        ):
             self._deployer.retire(loser)
-
-    def _ours(self, upstream: Upstream, stored: StoredRollout) -> bool:
-        """True for a Serve application that some rollout deployed; declared upstreams are somebody else's."""
-        if upstream.app is None:
-            return False
-        if upstream == stored.spec.candidate:
-            return stored.spec.artifact_uri is not None
-        specs = (r.spec for r in self._rollouts.history())
-        return any(s.candidate.app == upstream.app and s.artifact_uri is not None for s in specs)
 
     def _used_elsewhere(self, upstream: Upstream, stored: StoredRollout) -> bool:
         """True when a split, or another active rollout, still needs the application."""
@@ -239,3 +239,19 @@ class Controller:
             self._metrics.observe(spec, before, decision)
             family = evidence.combine(spec, after.metrics)
             self._metrics.thresholds(spec.route, family.log_harm_each_at, family.log_promote_at)
+
+
+def _tick_of(stored: StoredRollout, seen: Observation, decision: Decision) -> Tick:
+    """Everything the tick writes."""
+    spec, before, after = stored.spec, stored.status, decision.status
+    text = canonical(after)
+    return Tick(
+        before=stored,
+        status=after,
+        entries=audit_entries(spec, before, seen, decision, text),
+        split=decision.split,
+        done_commands=decision.done_commands,
+        quarantined=decision.quarantine,
+        notices=notices(spec, before, after, seen.now, decision.notes),
+        status_json=text,
+    )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from contracts.rollout import Phase, RolloutSpec, RolloutStatus
-from contracts.traffic import Split
-from serve.rollout import sentences
+from contracts.gates import Verdict
+from contracts.rollout import Phase, RolloutSpec, RolloutStatus, WatchStatus
+from contracts.traffic import Split, Upstream
+from serve.rollout import evidence, sentences
 from serve.rollout.observation import Action, Asked, Decision, Observation
+
+_OVER = (Phase.PROMOTING, Phase.ROLLING_BACK, Phase.PROMOTED, Phase.ROLLED_BACK, Phase.ABORTED)
 
 
 class Draft:
@@ -38,7 +41,7 @@ class Draft:
 
     def decision(self) -> Decision:
         """Freeze it. A tick that changed nothing keeps the status as it was, and is not stored."""
-        ended = self.status.decision is not None
+        ended = self.status.phase in _OVER
         if self.status != self.before or self.done or self.notes or self.looked:
             self.set(ticks=self.before.ticks + 1)
         return Decision(
@@ -53,10 +56,10 @@ class Draft:
 
 
 def enter_step(d: Draft, index: int, why: str) -> None:
-    """Give the canary a step's weight; its samples and dwell count from now."""
+    """Give the canary a step's weight; its samples, dwell and sample ratio count from now."""
     weight = d.spec.steps[index].weight
     window = f"step-{index + 1}-of-{len(d.spec.steps)}"
-    d.split = _next_split(d, canary=d.spec.candidate, weight=weight, rollout_id=d.spec.id, window=window)
+    _split(d, canary=d.spec.candidate, weight=weight, rollout_id=d.spec.id, window=window, salt=d.spec.id)
     d.go(
         Phase.RAMPING,
         f"{sentences.step_name(d.spec, index)} begins: {why}",
@@ -65,13 +68,51 @@ def enter_step(d: Draft, index: int, why: str) -> None:
         max_weight=max(weight, d.status.max_weight),
         step_since=d.seen.now,
         step_counts={},
+        log_srm=0.0,
+        srm=Verdict.NO_DATA,
         next_look_at=d.seen.now + d.spec.look_s,
     )
 
 
 def promote(d: Draft, reason: str) -> None:
-    """Make the candidate the route's stable upstream; the former one drains."""
-    d.split = _next_split(d, stable=d.spec.candidate, canary=None, weight=0.0, rollout_id=None, window=None)
+    """Make the candidate the route's stable upstream; it is watched first where the policy says so."""
+    if d.spec.watch_s > 0 and d.status.stable is not None:
+        _watch(d, d.status.stable, reason)
+    else:
+        finish_promotion(d, reason)
+
+
+def _watch(d: Draft, former: Upstream, reason: str) -> None:
+    """Swap the arms: the former stable goes on as the control arm with the holdback's weight.
+
+    A salt of its own draws the control anew; under the ramp's, those who had the student longest would be
+    the ones to lose it.
+    """
+    _split(
+        d, stable=d.spec.candidate, canary=former, weight=d.spec.holdback,
+        rollout_id=d.spec.id, window="watch", salt=f"{d.spec.id}.watch",
+    )  # fmt: skip
+    assert d.split is not None
+    watch = WatchStatus(
+        until=d.seen.now + d.spec.watch_s, split_version=d.split.version, metrics=evidence.fresh(d.spec)
+    )
+    d.go(
+        Phase.WATCHING,
+        reason,
+        decision="promoted",
+        watch=watch,
+        weight=1.0 - d.spec.holdback,
+        max_weight=1.0,
+        paused=False,
+        engine_errors=0,
+        retry_at=d.seen.now,
+        next_look_at=d.seen.now + d.spec.look_s,
+    )
+
+
+def finish_promotion(d: Draft, reason: str) -> None:
+    """All traffic to the candidate; the former stable drains."""
+    _split(d, stable=d.spec.candidate, canary=None, weight=0.0, rollout_id=None, window=None, salt=d.spec.id)
     d.go(Phase.PROMOTING, reason, decision="promoted", weight=1.0, max_weight=1.0, **_drain_afresh(d))
 
 
@@ -83,21 +124,31 @@ def roll_back(d: Draft, reason: str, blame: bool) -> None:
 
 
 def end(d: Draft, decision: str, reason: str) -> None:
-    """Enter the drain with the canary's weight at zero. A split that is not ours stays as it is."""
-    if d.seen.split is not None and d.seen.split.rollout_id == d.spec.id:
-        d.split = _next_split(d, canary=None, weight=0.0, rollout_id=None, window=None)
+    """Enter the drain with the candidate's weight at zero and the former stable back, if it had gone.
+
+    A split that is not ours stays as it is.
+    """
+    if ours(d):
+        assert d.seen.split is not None
+        stable = d.status.stable if d.status.watch is not None else d.seen.split.stable
+        _split(d, stable=stable, canary=None, weight=0.0, rollout_id=None, window=None, salt=d.spec.id)
     d.go(Phase.ROLLING_BACK, reason, decision=decision, weight=0.0, **_drain_afresh(d))
 
 
+def ours(d: Draft) -> bool:
+    """True while the stored split is the one this rollout wrote."""
+    return d.seen.split is not None and d.seen.split.rollout_id == d.spec.id
+
+
 def _drain_afresh(d: Draft) -> dict[str, Any]:
-    return {"paused": False, "engine_errors": 0, "next_look_at": d.seen.now}
+    return {"paused": False, "engine_errors": 0, "retry_at": d.seen.now, "confirm": None}
 
 
-def _next_split(d: Draft, **values: Any) -> Split:
-    """The stored split with changes, one version up. The salt is the rollout's own, kept through its ramp."""
+def _split(d: Draft, **values: Any) -> None:
+    """Write the stored split with changes, one version up."""
     assert d.seen.split is not None
-    fields = {**dict(d.seen.split), "version": d.seen.split.version + 1, "salt": d.spec.id, **values}
-    return Split(**fields)
+    mirror = 0.0 if values["canary"] is None else d.spec.mirror
+    d.split = Split(**{**dict(d.seen.split), "version": d.seen.split.version + 1, "mirror": mirror, **values})
 
 
 def said(command: Asked, what: str) -> str:

@@ -50,7 +50,7 @@ class ControllerMetrics:
         )
         self.decisions = Counter(
             "stillhouse_rollout_decisions_total",
-            "Decisions taken: step, held, paused, resumed, promoted, rolled_back, aborted.",
+            "Decisions taken: step, held, paused, resumed, promoted, restored, rolled_back, aborted.",
             ("route", "decision"),
             registry=registry,
         )
@@ -64,12 +64,11 @@ class ControllerMetrics:
     def observe(self, spec: RolloutSpec, before: RolloutStatus, decision: Decision) -> None:
         """Export a stored tick."""
         after, route = decision.status, spec.route
-        for phase in Phase:
-            self.phase.labels(route, phase.value).set(1.0 if phase is after.phase else 0.0)
+        if before.ticks == 0 or after.phase is not before.phase:
+            for phase in Phase:
+                self.phase.labels(route, phase.value).set(1.0 if phase is after.phase else 0.0)
         self.step.labels(route).set(after.step + 1 if after.max_weight > 0 else 0)
-        self.weight.labels(route).set(
-            after.weight if after.phase not in (Phase.PROMOTING, Phase.PROMOTED) else 0.0
-        )
+        self.weight.labels(route).set(after.weight if after.decision != "promoted" else 0.0)
         for metric in after.metrics:
             self.log_evalue.labels(route, metric.name, "harm").set(metric.log_harm)
             self.log_evalue.labels(route, metric.name, "noninferior").set(metric.log_noninferior)
@@ -87,8 +86,8 @@ class ControllerMetrics:
 
 def decided(before: RolloutStatus, after: RolloutStatus) -> str | None:
     """The word for what a tick decided, or None when it only looked."""
-    if after.decision is not None and before.decision is None:
-        return after.decision
+    if after.decision != before.decision:
+        return after.decision if before.decision is None else "restored"
     if (after.step, after.max_weight) != (before.step, before.max_weight):
         return "step"
     if after.phase is before.phase:

@@ -46,6 +46,19 @@ class SeenWindow(Record):
         return self
 
 
+class Answer(Record):
+    """What a hook answered when it was asked to confirm a move."""
+
+    key: str
+    """The move, as in Confirming."""
+    hook: int
+    """Its index in the spec's hooks."""
+    accepted: bool = False
+    refused: bool = False
+    """It said no (4xx); neither: an error, which says nothing about the move."""
+    words: str = ""
+
+
 class QueryReading(Record):
     """What an external Prometheus answered to one metric's query at one look.
 
@@ -92,6 +105,8 @@ class Observation(Record):
     """The candidate's application is up (asked while pending)."""
     warmed: bool = False
     """Probe requests were answered (asked while warming)."""
+    answers: tuple[Answer, ...] = ()
+    """What hooks said that were asked to confirm the move the status waits with."""
     engine_error: str | None = None
     """What the deployer or a hook said when it failed in this tick."""
     acknowledged: bool = False
@@ -107,6 +122,7 @@ class Action(StrEnum):
     RETIRE_STABLE = "retire_stable"
     NOTIFY_PROMOTED = "notify_promoted"
     NOTIFY_ROLLED_BACK = "notify_rolled_back"
+    NOTIFY_RESTORED = "notify_restored"
 
 
 @dataclass(frozen=True)

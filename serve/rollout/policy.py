@@ -12,10 +12,13 @@ import uuid
 from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from contracts.errors import ConfigError
+from contracts.hooks import HookSpec
 from contracts.metrics import MetricKind, MetricSpec
 from contracts.model import ModelRecord
-from contracts.rollout import RolloutSpec, Step
+from contracts.rollout import RolloutSpec, SrmRule, Step
 from contracts.traffic import Upstream
+from serve.rollout.schedule import parse_window
 
 DEFAULT_STEPS = (
     Step(weight=0.01, min_samples=20, min_dwell_s=120),
@@ -41,6 +44,8 @@ class RolloutPolicy(StrictConfig):
     """The ramp: rising weights below 1, each with the canary requests and the time it takes at least."""
     metrics: tuple[MetricSpec, ...] = DEFAULT_METRICS
     """Guardrails; every one must be shown non-inferior. 'quality' needs a grader on the route."""
+    mirror: float = Field(default=0.0, ge=0, le=1)
+    """Share of the stable arm's conversations that the canary is asked too, for metrics of kind 'pairs'."""
     alpha_harm: float = Field(default=0.05, gt=0, lt=1)
     """Chance at most that a harmless student is rolled back by the tests."""
     alpha_promote: float = Field(default=0.05, gt=0, lt=1)
@@ -57,6 +62,26 @@ class RolloutPolicy(StrictConfig):
     """Longest wait for the loser's last requests."""
     hold_final: bool = False
     """An A/B test: stay on the last step until a person promotes or aborts."""
+    windows: tuple[str, ...] = ()
+    """When a step may begin and a promotion happen, e.g. 'Mon-Fri 09:00-17:00 Europe/Berlin'; several may be
+    given, empty is always. A rollback needs no window."""
+    cooldown_s: float = Field(default=600.0, ge=0)
+    """Seconds after a rollback in which the route takes no new rollout (unless --force)."""
+    srm: SrmRule = SrmRule.HOLD
+    """What to do when the canary does not get the share of requests that it was given."""
+    alpha_srm: float = Field(default=0.001, gt=0, lt=1)
+    """Chance at most that a step with a sound split is said to have a mismatch."""
+    srm_unit_requests: float = Field(default=1.0, ge=1)
+    """Requests a conversation usually makes: they are assigned together, so they count as one there."""
+    watch_s: float = Field(default=0.0, ge=0)
+    """Seconds after the promotion in which late harm restores the former stable; 0 is off. The built-in
+    policy, which is used where the configuration has none, says four hours."""
+    holdback: float = Field(default=0.05, gt=0, le=0.5)
+    """Share of requests that the former stable keeps during the watch, as the control arm."""
+    watch_arl: float = Field(default=28_800.0, gt=1)
+    """Looks between false alarms of the watch, on average at least."""
+    hooks: tuple[HookSpec, ...] = ()
+    """Webhooks: told of events (`on`), or asked before a move (`confirm`)."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutPolicy:
@@ -73,12 +98,20 @@ class RolloutPolicy(StrictConfig):
         twice = sorted({k for k in keys if keys.count(k) > 1})
         if twice:
             raise ValueError(f"metrics: two are called {', '.join(twice)}; give one of them another name")
+        for window in self.windows:
+            parse_window(window)
+        if 0 < self.watch_s < 2 * self.look_s:
+            raise ValueError(f"watch_s: must be 0 (off) or at least two looks, {2 * self.look_s:g} s")
         if self.no_data_deadline_s < 2 * self.look_s:
             least = f"{2 * self.look_s:g} s, two looks"
             raise ValueError(
                 f"no_data_deadline_s: must be at least {least}; got {self.no_data_deadline_s:g} s"
             )
         return self
+
+
+BUILT_IN = RolloutPolicy(watch_s=4 * 3600.0)
+"""Used where a configuration has no policy: the defaults, and a watch of four hours with 5 % held back."""
 
 
 def student_upstream(record: ModelRecord) -> Upstream:
@@ -115,3 +148,13 @@ def make_spec(
         created_by=by,
         **shared,
     )
+
+
+def ab_policy(policy: RolloutPolicy, weight: float) -> RolloutPolicy:
+    """The policy as an A/B test: one step of a fixed weight that holds until a person decides.
+
+    Raises: ConfigError for a weight outside (0, 1).
+    """
+    if not 0 < weight < 1:
+        raise ConfigError(f"--ab: the weight must be between 0 and 1, as in 0.5; got {weight:g}")
+    return policy.model_copy(update={"steps": (Step(weight=weight),), "hold_final": True})

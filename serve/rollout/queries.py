@@ -9,6 +9,7 @@ killed goes on where it was. Knows nothing about how Prometheus is asked or what
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -39,7 +40,7 @@ class QueryReader:
     """
 
     def __init__(self, config: PrometheusConfig, prometheus: Prometheus | None = None) -> None:
-        self._lag_s = config.lag_s
+        self._lag_s, self._timeout_s = config.lag_s, config.timeout_s
         self._prometheus = prometheus or Prometheus(config)
         self._pool = ThreadPoolExecutor(_THREADS, "prometheus")
 
@@ -53,32 +54,46 @@ class QueryReader:
         until = round((now - self._lag_s) * 1000)
         since = max(status.cursor.get(CURSOR, 0), round(status.step_since * 1000))
         arms = arms_of(split)
-        readings = {m.key: self._pool.submit(self._one, m, arms, since, until) for m in wanted}
+        deadline = time.monotonic() + 2 * self._timeout_s
+        readings = {m.key: self._pool.submit(self._one, m, arms, since, until, deadline) for m in wanted}
         return {key: _done(f) for key, f in readings.items()}, {CURSOR: max(since, until)}
 
     def close(self) -> None:
         """Ask nothing any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, metric: MetricSpec, arms: dict[Arm, Fields], since: int, until: int) -> QueryReading:
+    def _one(
+        self, metric: MetricSpec, arms: dict[Arm, Fields], since: int, until: int, deadline: float
+    ) -> QueryReading:
         query = metric.query
         assert query is not None
         try:
             if query.value is not None:
                 asked = fill(query.value, arms[Arm.CANARY])
-                return QueryReading(value=self._prometheus.number(asked, until / 1000))
+                return QueryReading(value=self._number(asked, until, deadline))
             if until <= since:  # Prometheus has not seen anything of this step yet
                 return QueryReading()
-            return self._counters(query, arms, since, until)
+            return self._counters(query, arms, since, until, deadline)
         except Problem as err:
             return QueryReading(problem=str(err))
 
-    def _counters(self, query: QuerySpec, arms: dict[Arm, Fields], since: int, until: int) -> QueryReading:
+    def _number(self, query: str, at_ms: int, deadline: float) -> float:
+        if time.monotonic() > deadline:
+            raise Problem(
+                "Prometheus is too slow: this look's queries took longer than the controller waits."
+            )
+        return self._prometheus.number(query, at_ms / 1000)
+
+    def _counters(
+        self, query: QuerySpec, arms: dict[Arm, Fields], since: int, until: int, deadline: float
+    ) -> QueryReading:
         assert query.bad is not None
         assert query.total is not None
         grown: dict[str, int] = {}
         for arm, fields in arms.items():
-            total, bad = (self._increase(fill(q, fields), since, until) for q in (query.total, query.bad))
+            total, bad = (
+                self._increase(fill(q, fields), since, until, deadline) for q in (query.total, query.bad)
+            )
             if bad > total:
                 raise Problem(
                     f"{arm.value}: `bad` grew by {bad} and `total` by {total}; `bad` must be part of `total`."
@@ -86,14 +101,20 @@ class QueryReader:
             grown[f"{arm.value}_total"], grown[f"{arm.value}_bad"] = total, bad
         return QueryReading(**grown)
 
-    def _increase(self, query: str, since: int, until: int) -> int:
-        before, after = (_count(self._prometheus.number(query, at / 1000), query) for at in (since, until))
+    def _increase(self, query: str, since: int, until: int, deadline: float) -> int:
+        before, after = (_count(self._number(query, at, deadline), query) for at in (since, until))
         if after < before:
             # A sum of counters of which one began again: what it lost in between nobody knows.
             raise Problem(
                 f"`{query}` fell from {before} to {after}: a counter was reset; this look is left out."
             )
         return after - before
+
+
+def nobody_to_ask(spec: RolloutSpec) -> dict[str, QueryReading]:
+    """The readings of a controller without a Prometheus: no data, and why."""
+    why = "the stack's configuration names no Prometheus any more; give it 'prometheus: {url: …}'."
+    return {m.key: QueryReading(problem=why) for m in query_metrics(spec.metrics)}
 
 
 def query_metrics(metrics: Iterable[MetricSpec]) -> list[MetricSpec]:

@@ -9,7 +9,7 @@ import math
 
 from contracts.gates import Verdict
 from contracts.metrics import PAIR, ArmCounts, MetricKind, Role
-from contracts.rollout import MetricStatus, RolloutSpec, RolloutStatus
+from contracts.rollout import MetricStatus, RolloutSpec, RolloutStatus, WatchStatus
 from serve.rollout.evidence import mean_score, windows_of
 from serve.rollout.stats import two_sample
 from serve.rollout.stats.combine import Family
@@ -77,6 +77,50 @@ def harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str
         return f"{worst.name}: {said}: harm e-value {number(worst.log_harm)} >= {bound}"
     bound = f"{number(family.log_harm_mean_at)} (1 / alpha {spec.alpha_harm:g})"
     return f"{worst.name}: {said}: mean harm e-value {number(family.log_mean_harm)} >= {bound}"
+
+
+def objective_harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:
+    """Why it holds: an objective got worse, which is no reason to throw the student back."""
+    worst = family.worst_objective
+    assert worst is not None
+    return (
+        f"objective {worst.name} got worse: {compared(spec, worst, counts)}: e-value {number(worst.log_harm)}"
+    )
+
+
+def sample_ratio(spec: RolloutSpec, status: RolloutStatus) -> str:
+    """Why the evidence of this step cannot be trusted."""
+    stable, canary = (status.step_counts.get(arm, ArmCounts()).n for arm in ("stable", "canary"))
+    share = _share(canary, stable + canary)
+    return (
+        f"sample-ratio mismatch: the canary got {share} requests of this step instead of "
+        f"{percent(status.weight)}: e-value {number(status.log_srm)} >= {1 / spec.alpha_srm:g} "
+        f"(1 / alpha_srm {spec.alpha_srm:g}); assignment or counting is broken"
+    )
+
+
+def watching(spec: RolloutSpec, watch: WatchStatus, now: float) -> str:
+    """How the watch goes."""
+    return (
+        f"promoted; watched for late harm for another {max(0.0, watch.until - now):.0f} s, the former stable "
+        f"keeps {percent(spec.holdback)}: strongest detector {watch.worst or 'none yet'} at "
+        f"{number(watch.log_alarm)} of {spec.watch_arl:.0f}"
+    )
+
+
+def watched(spec: RolloutSpec, watch: WatchStatus) -> str:
+    """Why the watch is over."""
+    n = watch.counts.get("canary", ArmCounts()).n
+    return f"no late harm in {spec.watch_s:g} s of watch and {n} requests: the former stable goes"
+
+
+def late_harm(spec: RolloutSpec, watch: WatchStatus) -> str:
+    """Why the former stable comes back."""
+    metric = next(m for m in watch.metrics if m.name == watch.worst)
+    return (
+        f"late harm on {watch.worst}: {compared(spec, metric, watch.counts)}: detector "
+        f"{number(watch.log_alarm)} >= {spec.watch_arl:.0f} (looks between false alarms)"
+    )
 
 
 def promoted(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:

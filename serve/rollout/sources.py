@@ -34,8 +34,10 @@ class Sources:
     """The last check of a judge, by its name with its version."""
     clock: Callable[[], float] = time.time
 
-    def prepare(self, policy: RolloutPolicy, split: Split, force: bool = False) -> RolloutPolicy:
-        """The policy with its judges pinned. `force`: judges need no check.
+    def prepare(
+        self, policy: RolloutPolicy, split: Split, reason: str = "", force: bool = False
+    ) -> tuple[RolloutPolicy, str]:
+        """The policy with its judges pinned, and the reason of the start with what `force` went over.
 
         Raises:
             ConfigError: a metric's grader or query does not exist, or can have no data on this route.
@@ -47,7 +49,11 @@ class Sources:
         check_queries(policy.metrics, self.prometheus, split, self.clock())
         if not force:
             self.require_checked_judges(policy.metrics)
-        return policy.model_copy(update={"metrics": tuple(self._pinned(m) for m in policy.metrics)})
+        elif skipped := self.unchecked_judges(policy.metrics):
+            forced = f"forced past the check of judge {', '.join(skipped)}"
+            reason = f"{reason}; {forced}" if reason else forced
+        pinned = policy.model_copy(update={"metrics": tuple(self._pinned(m) for m in policy.metrics)})
+        return pinned, reason
 
     def require_checked_judges(self, metrics: tuple[MetricSpec, ...]) -> None:
         """Raises GateError naming the command unless every judge that decides agreed with people lately."""
@@ -114,7 +120,7 @@ class Sources:
             )
         if not pairs and grader.mode is Mode.PAIRWISE:
             raise ConfigError(
-                f"metric {metric.key}: grader {metric.grader!r} only compares pairs; the metric's kind is 'pairs'."
+                f"metric {metric.key}: grader {metric.grader!r} only compares pairs; use kind 'pairs'."
             )
 
     def _pinned(self, metric: MetricSpec) -> MetricSpec:

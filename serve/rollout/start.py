@@ -6,6 +6,7 @@ Only writes requests into the state store; the controller does the rest. Knows n
 from __future__ import annotations
 
 import getpass
+import time
 
 from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
 from contracts.gates import Verdict
@@ -14,15 +15,19 @@ from contracts.rollout import Phase, RolloutSpec
 from registry.store import Registry, parse_ref
 from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial
-from serve.rollout.policy import RolloutPolicy, make_spec
+from serve.rollout.notices import started
+from serve.rollout.policy import BUILT_IN, RolloutPolicy, make_spec
+from serve.rollout.sources import Sources
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.traffic import TrafficState
 
+_TRAFFIC = (Phase.RAMPING, Phase.HELD, Phase.PAUSED)
 _ALLOWED = {
     "pause": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD),
     "resume": (Phase.PENDING, Phase.WARMING, Phase.PAUSED),
-    "promote": (Phase.RAMPING, Phase.HELD, Phase.PAUSED),
-    "abort": (Phase.PENDING, Phase.WARMING, Phase.RAMPING, Phase.HELD, Phase.PAUSED),
+    "approve": _TRAFFIC,
+    "promote": (*_TRAFFIC, Phase.WATCHING),
+    "abort": (Phase.PENDING, Phase.WARMING, *_TRAFFIC, Phase.WATCHING),
 }
 
 
@@ -36,14 +41,19 @@ def start_rollout(
     *,
     by: str | None = None,
     reason: str = "",
+    force: bool = False,
     force_quarantined: bool = False,
+    sources: Sources | None = None,
 ) -> RolloutSpec:
     """Check that the model may be tried on the route, and hand the rollout to the controller.
 
     Raises:
         NotFoundError: the route or the model does not exist.
-        GateError: the model's offline gates did not pass and nobody overrode them at its publication.
-        ConflictError: the digest is quarantined or serves the route already, or a rollout is active there.
+        ConfigError: a metric's grader or query can have no data on the route.
+        GateError: the model's offline gates did not pass and nobody overrode them at its publication, or a
+            judge that decides was not checked against people (`force` goes over that).
+        ConflictError: the digest is quarantined or serves the route already, a rollout is active there, or
+            one was thrown back a moment ago (`force` does not wait).
     """
     split = traffic.get_split(route)
     if split is None:
@@ -59,15 +69,51 @@ def start_rollout(
             f"{record.ref} is quarantined because it was thrown back before: {why}. "
             "Publish a better one, or say --force-quarantined to try the same one again."
         )
+    _check_free(rollouts, route)
+    if not force:
+        _check_cooldown(rollouts, route, time.time())
+    if sources is not None:
+        policy, reason = sources.prepare(policy, split, reason, force)
     folder = registry.download(record.ref)
     record = record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
     who = (by or getpass.getuser()) + (f" ({reason})" if reason else "")
     spec = make_spec(policy, route, record, by=who)
-    rollouts.create(spec, initial(spec))
+    status = initial(spec)
+    rollouts.create(spec, status, started(spec, status))
     registry.set_alias(
         record.name, CHALLENGER, record.version, f"rollout {spec.id}", reason or "rollout started"
     )
     return spec
+
+
+def _check_free(rollouts: RolloutState, route: str) -> None:
+    """Raises ConflictError with the way out while a rollout is active on the route."""
+    for stored in rollouts.active(route):
+        status, what = stored.status, f"rollout {stored.spec.id} of {stored.spec.model_ref}"
+        if status.phase is Phase.WATCHING and status.watch is not None:
+            left = max(0.0, status.watch.until - time.time())
+            raise ConflictError(
+                f"route {route!r} is still watched for late harm of {what} (another {left:.0f} s). "
+                "'stillhouse rollout promote' ends the watch now, 'stillhouse rollout abort' restores the "
+                "former stable; then start again."
+            )
+        raise ConflictError(
+            f"route {route!r} already has an active rollout: {what} is {status.phase.value}. "
+            "'stillhouse rollout status' says why, 'stillhouse rollout abort' ends it."
+        )
+
+
+def _check_cooldown(rollouts: RolloutState, route: str, now: float) -> None:
+    """Raises ConflictError with the remaining time when the route's last rollout was thrown back just now."""
+    last = rollouts.latest(route)
+    if last is None or last.status.phase is not Phase.ROLLED_BACK:
+        return
+    left = last.status.phase_since + last.spec.cooldown_s - now
+    if left > 0:
+        raise ConflictError(
+            f"route {route!r} cools down for another {left:.0f} s: {last.spec.model_ref} was thrown back "
+            f"({last.status.reason}). Wait, or say --force to start all the same."
+        )
 
 
 def check_gates(record: ModelRecord) -> None:
@@ -91,7 +137,7 @@ def check_gates(record: ModelRecord) -> None:
 def ask(
     rollouts: RolloutState, route: str, verb: str, *, by: str | None = None, reason: str = ""
 ) -> StoredRollout:
-    """Ask the controller for pause, resume, promote or abort; returns the rollout it was asked of.
+    """Ask the controller for pause, resume, approve, promote or abort; returns the rollout it was asked of.
 
     Raises: ConflictError when the rollout's phase does not allow it, NotFoundError without an active one.
     """
@@ -130,7 +176,7 @@ def pick_policy(policies: dict[str, RolloutPolicy], name: str | None) -> Rollout
         raise ConfigError(
             f"several policies and none is called 'default'; say --policy {' | '.join(policies)}."
         )
-    return RolloutPolicy()
+    return BUILT_IN
 
 
 def check_model_ref(model: str) -> None:

@@ -24,6 +24,7 @@ _COLOURS = {
     Phase.RAMPING: "cyan",
     Phase.HELD: "yellow",
     Phase.PAUSED: "yellow",
+    Phase.WATCHING: "green",
     Phase.PROMOTING: "green",
     Phase.PROMOTED: "green",
     Phase.ROLLING_BACK: "red",

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, and_, delete, insert, or_, select, update
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from contracts.config import Record, canonical_json
 from contracts.errors import ConflictError, NotFoundError
 from contracts.rollout import RolloutSpec, RolloutStatus
 from contracts.traffic import Split
+from serve.state.outbox import Notice, write_notices
 from serve.state.tables import audit, commands, leases, quarantine, rollouts
 from serve.state.traffic import write_split
 
-VERBS = ("pause", "resume", "promote", "abort")
+VERBS = ("pause", "resume", "approve", "promote", "abort")
 
 
 class AuditEntry(Record):
@@ -52,13 +56,36 @@ class StoredRollout(Record):
     status_version: int
 
 
+@dataclass(frozen=True)
+class Tick:
+    """What one tick of one rollout writes, all of it or nothing."""
+
+    before: StoredRollout
+    status: RolloutStatus
+    entries: Sequence[AuditEntry] = ()
+    split: Split | None = None
+    done_commands: Sequence[int] = ()
+    quarantined: tuple[str, str] | None = None
+    """(digest, reason)."""
+    notices: Sequence[Notice] = ()
+    status_json: str | None = None
+    """The status as JSON, where the caller has it already."""
+
+    def after(self) -> StoredRollout:
+        """The rollout as it is stored once this tick is."""
+        version = self.before.status_version + 1
+        return StoredRollout.model_construct(
+            spec=self.before.spec, status=self.status, status_version=version
+        )
+
+
 class RolloutState:
     """Typed access to the rollout tables of one state store."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def create(self, spec: RolloutSpec, status: RolloutStatus) -> None:
+    def create(self, spec: RolloutSpec, status: RolloutStatus, notices: Sequence[Notice] = ()) -> None:
         """Store a new rollout. Raises ConflictError when the route already has an active one."""
         values = {
             "id": spec.id,
@@ -72,6 +99,7 @@ class RolloutState:
         try:
             with self._engine.begin() as db:
                 db.execute(insert(rollouts).values(**values))
+                write_notices(db, notices)
         except IntegrityError as err:
             raise ConflictError(
                 f"route {spec.route!r} already has an active rollout (or id {spec.id!r} exists). "
@@ -85,14 +113,41 @@ class RolloutState:
             raise NotFoundError(f"no rollout {rollout_id!r}; 'stillhouse rollout history' lists them.")
         return found[0]
 
+    def get_many(self, ids: Sequence[str]) -> list[StoredRollout]:
+        """Several rollouts by id, oldest first; those that do not exist are left out."""
+        chunks = (ids[i : i + 500] for i in range(0, len(ids), 500))
+        return [one for chunk in chunks for one in self._select(rollouts.c.id.in_(chunk))]
+
     def active(self, route: str | None = None) -> list[StoredRollout]:
         """Active rollouts, oldest first, of one route or of all."""
         where = rollouts.c.active_route.is_not(None)
         return self._select(where if route is None else and_(where, rollouts.c.route == route))
 
+    def active_versions(self) -> dict[str, int]:
+        """Id → status version of the active rollouts, oldest first: enough to see which of them changed."""
+        query = (
+            select(rollouts.c.id, rollouts.c.status_version)
+            .where(rollouts.c.active_route.is_not(None))
+            .order_by(rollouts.c.created_at, rollouts.c.id)
+        )
+        with self._engine.connect() as db:
+            return {row.id: row.status_version for row in db.execute(query)}
+
     def history(self, route: str | None = None) -> list[StoredRollout]:
         """All rollouts, oldest first."""
         return self._select(rollouts.c.id.is_not(None) if route is None else rollouts.c.route == route)
+
+    def latest(self, route: str) -> StoredRollout | None:
+        """The route's last rollout, or None when it never had one."""
+        newest = (
+            select(rollouts.c.id)
+            .where(rollouts.c.route == route)
+            .order_by(rollouts.c.created_at.desc(), rollouts.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        found = self._select(rollouts.c.id == newest)
+        return found[0] if found else None
 
     def _select(self, where: Any) -> list[StoredRollout]:
         query = select(rollouts).where(where).order_by(rollouts.c.created_at, rollouts.c.id)
@@ -106,49 +161,50 @@ class RolloutState:
                 for row in db.execute(query).mappings()
             ]
 
-    def save_tick(
-        self,
-        before: StoredRollout,
-        status: RolloutStatus,
-        entries: list[AuditEntry],
-        split: Split | None = None,
-        done_commands: list[int] | None = None,
-        quarantined: tuple[str, str] | None = None,
-    ) -> StoredRollout:
-        """Persist one tick atomically: status, audit, split, consumed commands, quarantine (digest, reason).
+    # ticks --------------------------------------------------------------------------------------
+
+    def save_tick(self, tick: Tick) -> StoredRollout:
+        """Persist one tick atomically.
 
         Raises: ConflictError when another controller wrote a tick since `before` was read, or the split
         changed; nothing is written then.
         """
-        now = time.time()
+        with self._begin() as db:
+            _write(db, [tick])
+        return tick.after()
+
+    def save_ticks(self, ticks: Sequence[Tick]) -> dict[str, ConflictError]:
+        """Persist many rollouts' ticks in one transaction; returns rollout id → conflict of those that lost.
+
+        A conflict costs its own rollout this tick and nobody else's.
+        """
+        try:
+            with self._begin() as db:
+                _write(db, ticks)
+            return {}
+        except (ConflictError, IntegrityError):  # somebody lost: find out who, each behind a savepoint
+            return self._save_each(ticks)
+
+    def _save_each(self, ticks: Sequence[Tick]) -> dict[str, ConflictError]:
+        lost: dict[str, ConflictError] = {}
+        with self._begin() as db:
+            for tick in ticks:
+                try:
+                    with db.begin_nested():
+                        _write(db, [tick])
+                except ConflictError as err:
+                    lost[tick.before.spec.id] = err
+                except IntegrityError:
+                    lost[tick.before.spec.id] = _advanced(tick.before.spec.id)
+        return lost
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
         with self._engine.begin() as db:
-            where = and_(rollouts.c.id == before.spec.id, rollouts.c.status_version == before.status_version)
-            values: dict[str, Any] = {
-                "status": status.model_dump_json(),
-                "status_version": before.status_version + 1,
-            }
-            if status.phase.terminal:
-                values["active_route"] = None
-            if db.execute(update(rollouts).where(where).values(**values)).rowcount != 1:
-                raise ConflictError(f"rollout {before.spec.id!r} was advanced by another controller.")
-            if split is not None:
-                write_split(db, split)
-            for e in entries:
-                row = {"rollout_id": e.rollout_id, "tick": e.tick, "at": e.at, "kind": e.kind}
-                db.execute(insert(audit).values(body=canonical_json(e.body), **row))
-            if done_commands:
-                db.execute(update(commands).where(commands.c.id.in_(done_commands)).values(done_at=now))
-            if quarantined is not None:
-                known = db.execute(
-                    select(quarantine.c.digest).where(quarantine.c.digest == quarantined[0])
-                ).first()
-                if known is None:
-                    db.execute(
-                        insert(quarantine).values(
-                            digest=quarantined[0], rollout_id=before.spec.id, reason=quarantined[1], at=now
-                        )
-                    )
-        return StoredRollout(spec=before.spec, status=status, status_version=before.status_version + 1)
+            if db.dialect.name == "sqlite":
+                # The driver would begin at the first write, and a savepoint before that is a transaction.
+                db.exec_driver_sql("BEGIN IMMEDIATE")
+            yield db
 
     def audit(self, rollout_id: str) -> list[AuditEntry]:
         """The audit trail in order."""
@@ -172,15 +228,18 @@ class RolloutState:
             )
 
     def pending_commands(self, rollout_id: str) -> list[Command]:
-        """Commands not yet consumed, oldest first."""
-        query = (
-            select(commands)
-            .where(commands.c.rollout_id == rollout_id, commands.c.done_at.is_(None))
-            .order_by(commands.c.id)
-        )
+        """Commands to one rollout that are not yet consumed, oldest first."""
+        return self.all_pending_commands().get(rollout_id, [])
+
+    def all_pending_commands(self) -> dict[str, list[Command]]:
+        """Rollout → commands not yet consumed, oldest first."""
+        query = select(commands).where(commands.c.done_at.is_(None)).order_by(commands.c.id)
         fields = ("id", "rollout_id", "verb", "by", "reason", "at")
+        found: dict[str, list[Command]] = {}
         with self._engine.connect() as db:
-            return [Command(**{f: row[f] for f in fields}) for row in db.execute(query).mappings()]
+            for row in db.execute(query).mappings():
+                found.setdefault(row["rollout_id"], []).append(Command(**{f: row[f] for f in fields}))
+        return found
 
     # quarantine and lease -----------------------------------------------------------------------
 
@@ -190,10 +249,13 @@ class RolloutState:
             return db.execute(select(quarantine.c.reason).where(quarantine.c.digest == digest)).scalar()
 
     def acquire_lease(self, name: str, holder: str, ttl_s: float) -> bool:
-        """Take or renew a lease; True when `holder` has it for the next `ttl_s` seconds."""
-        now = time.time()
-        values = {"holder": holder, "expires_at": now + ttl_s}
+        """Take or renew a lease; True when `holder` has it for the next `ttl_s` seconds.
+
+        The clock is the database's where that is a server: hosts whose clocks differ agree on who leads.
+        """
         with self._engine.begin() as db:
+            now = _database_time(db)
+            values = {"holder": holder, "expires_at": now + ttl_s}
             mine_or_free = and_(
                 leases.c.name == name, or_(leases.c.holder == holder, leases.c.expires_at < now)
             )
@@ -210,3 +272,70 @@ class RolloutState:
         """Give a lease back, so that the next controller need not wait for it to expire."""
         with self._engine.begin() as db:
             db.execute(delete(leases).where(leases.c.name == name, leases.c.holder == holder))
+
+
+def _database_time(db: Connection) -> float:
+    if db.dialect.name == "postgresql":
+        return float(db.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
+    return time.time()  # SQLite has no other clock than that of the one host that can open it
+
+
+def _write(db: Connection, ticks: Sequence[Tick]) -> None:
+    """Write ticks inside a transaction of the caller's. Raises ConflictError when one of them lost a race."""
+    rows = [_status_row(tick) for tick in ticks]
+    if rows and db.execute(_STATUS, rows).rowcount != len(rows):
+        raise _advanced(ticks[0].before.spec.id)
+    now = time.time()
+    for tick in ticks:
+        if tick.split is not None:
+            write_split(db, tick.split)
+        if tick.done_commands:
+            done = commands.c.id.in_(tick.done_commands)
+            db.execute(update(commands).where(done).values(done_at=now))
+        if tick.quarantined is not None:
+            _quarantine(db, tick.before.spec.id, *tick.quarantined, now)
+    trail = [_audit_row(entry) for tick in ticks for entry in tick.entries]
+    if trail:
+        db.execute(insert(audit), trail)
+    write_notices(db, [notice for tick in ticks for notice in tick.notices])
+
+
+_STATUS = (
+    update(rollouts)
+    .where(and_(rollouts.c.id == bindparam("rollout"), rollouts.c.status_version == bindparam("version")))
+    .values(
+        status=bindparam("body"),
+        status_version=rollouts.c.status_version + 1,
+        active_route=bindparam("active"),
+    )
+)
+
+
+def _status_row(tick: Tick) -> dict[str, Any]:
+    spec, status = tick.before.spec, tick.status
+    return {
+        "rollout": spec.id,
+        "version": tick.before.status_version,
+        "body": tick.status_json or status.model_dump_json(),
+        "active": None if status.phase.terminal else spec.route,
+    }
+
+
+def _audit_row(entry: AuditEntry) -> dict[str, Any]:
+    return {
+        "rollout_id": entry.rollout_id,
+        "tick": entry.tick,
+        "at": entry.at,
+        "kind": entry.kind,
+        "body": canonical_json(entry.body),
+    }
+
+
+def _quarantine(db: Connection, rollout_id: str, digest: str, reason: str, now: float) -> None:
+    if db.execute(select(quarantine.c.digest).where(quarantine.c.digest == digest)).first() is None:
+        values = {"digest": digest, "rollout_id": rollout_id, "reason": reason, "at": now}
+        db.execute(insert(quarantine).values(**values))
+
+
+def _advanced(rollout_id: str) -> ConflictError:
+    return ConflictError(f"rollout {rollout_id!r} was advanced by another controller.")

@@ -22,14 +22,18 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    func,
     insert,
+    make_url,
     select,
 )
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from contracts.errors import StateError
 
 SCHEMA_VERSION = 3
+_SCHEMA_LOCK = 0x57111_405E
+"""PostgreSQL's advisory lock while the schema is created; any number of ours does."""
 
 metadata = MetaData()
 
@@ -123,6 +127,27 @@ quarantine = Table(
     Column("at", Float, nullable=False),
 )
 
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("event_id", String(200), nullable=False, unique=True),
+    Column("rollout_id", String(128), nullable=False, index=True),
+    Column("stream", String(160), nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("hook", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("next_at", Float, nullable=False),
+    Column("error", Text),
+    Column("done_at", Float),
+    Column("dead", Integer, nullable=False),
+    Index("outbox_waiting", "done_at", "stream", "id"),
+)
+"""Messages to webhooks, written with the tick they tell of. Within a stream (one rollout, one hook) they are
+delivered in the order of `id`; one that was given up is `dead` and makes way for the next."""
+
 leases = Table(
     "leases",
     metadata,
@@ -195,6 +220,9 @@ feedback = Table(
     Column("body", Text, nullable=False),
 )
 
+_CONNECT_S = 5
+"""Seconds until a database host that does not answer counts as away (psycopg's own: over two minutes)."""
+
 
 def open_state(url: str) -> Engine:
     """Open (and create if need be) the state store.
@@ -206,29 +234,38 @@ def open_state(url: str) -> Engine:
         StateError: unreachable, or its schema is of another version.
     """
     try:
+        name = make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:  # it quotes the URL, and may have a password in the wrong place
+        raise StateError(
+            "the state store's URL is no database URL; sqlite:////folder/state.db or "
+            "postgresql+psycopg://user:password@host/database are."
+        ) from None
+    try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        remote = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
+        engine = create_engine(url, **({} if url.startswith("sqlite") else remote))
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _sqlite_pragmas)
-        metadata.create_all(engine, checkfirst=True)
-        _check_schema(engine)
+        _create_schema(engine)
     except (SQLAlchemyError, ImportError, OSError) as err:
         raise StateError(
-            f"state store {url!r} cannot be opened: {err}. Check the URL and that it is writable."
+            f"state store {name!r} cannot be opened: {err}. Check the URL and that it is writable."
         ) from err
     return engine
 
 
-def _check_schema(engine: Engine) -> None:
+def _create_schema(engine: Engine) -> None:
+    """Create what is missing, one process at a time: between two that look first, both would create it."""
     with engine.begin() as db:
+        if engine.dialect.name == "sqlite":
+            db.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            db.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+        metadata.create_all(db, checkfirst=True)
         found = db.execute(select(schema_table.c.version)).scalar()
         if found is None:
-            try:
-                with db.begin_nested():
-                    db.execute(insert(schema_table).values(version=SCHEMA_VERSION))
-            except IntegrityError:  # another process created it in the same moment
-                pass
+            db.execute(insert(schema_table).values(version=SCHEMA_VERSION))
         elif found != SCHEMA_VERSION:
             raise StateError(f"state store has schema version {found}, this release needs {SCHEMA_VERSION}.")
 
@@ -236,6 +273,6 @@ def _check_schema(engine: Engine) -> None:
 def _sqlite_pragmas(connection: object, _record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
     # WAL lets routers read while the controller writes; NORMAL survives a killed process (not a power cut).
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

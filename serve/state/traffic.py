@@ -6,9 +6,9 @@ Every method is one short transaction. Knows nothing about HTTP, Ray or statisti
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, Engine, and_, delete, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Select, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from contracts.config import Record
@@ -58,6 +58,20 @@ class TrafficState:
         with self._engine.connect() as db:
             body = db.execute(select(splits.c.body).where(splits.c.route == route)).scalar()
         return None if body is None else Split.model_validate_json(body)
+
+    def split_versions(self) -> dict[str, int]:
+        """Version of every route's split: enough to see which of them changed."""
+        with self._engine.connect() as db:
+            return {row.route: row.version for row in db.execute(select(splits.c.route, splits.c.version))}
+
+    def get_splits(self, routes: Sequence[str]) -> dict[str, Split]:
+        """The current splits of some routes."""
+        found: dict[str, Split] = {}
+        with self._engine.connect() as db:
+            for i in range(0, len(routes), 500):
+                query = select(splits.c.route, splits.c.body).where(splits.c.route.in_(routes[i : i + 500]))
+                found.update({r: Split.model_validate_json(body) for r, body in db.execute(query)})
+        return found
 
     def put_split(self, split: Split) -> None:
         """Write a split whose version is exactly one above the stored one (1 for a new route).
@@ -158,10 +172,39 @@ class TrafficState:
         with self._engine.connect() as db:
             return [LedgerEntry.model_validate_json(body) for (body,) in db.execute(query)]
 
+    def ledger_ends(self) -> dict[str, int]:
+        """Writer → its last sequence number: two index seeks a writer, however long the ledger is."""
+        with self._engine.connect() as db:
+            return {row.replica: row.seq for row in db.execute(_ENDS)}
+
+    def read_beyond(self, cursor: dict[str, int]) -> list[LedgerEntry]:
+        """Entries of all rollouts above a cursor per writer, in order; only of the writers it names."""
+        found: list[LedgerEntry] = []
+        with self._engine.connect() as db:
+            for replica, seq in cursor.items():
+                where = and_(
+                    ledger.c.replica == replica, ledger.c.seq > seq, ledger.c.rollout_id.is_not(None)
+                )
+                query = select(ledger.c.body).where(where).order_by(ledger.c.seq)
+                found += [LedgerEntry.model_validate_json(body) for (body,) in db.execute(query)]
+        return found
+
     def prune_ledger(self, older_than_s: float) -> int:
         """Delete entries older than this; returns how many."""
         with self._engine.begin() as db:
             return db.execute(delete(ledger).where(ledger.c.at < time.time() - older_than_s)).rowcount
+
+
+def _ledger_ends() -> Select[tuple[str, int]]:
+    """Loose index scan: every writer's name by hopping from one to the next, then its highest number."""
+    names = select(func.min(ledger.c.replica).label("replica")).cte("names", recursive=True)
+    following = select(func.min(ledger.c.replica)).where(ledger.c.replica > names.c.replica)
+    names = names.union_all(select(following.scalar_subquery()).where(names.c.replica.is_not(None)))
+    last = select(func.max(ledger.c.seq)).where(ledger.c.replica == names.c.replica).scalar_subquery()
+    return select(names.c.replica, last.label("seq")).where(names.c.replica.is_not(None))
+
+
+_ENDS = _ledger_ends()
 
 
 def write_split(db: Connection, split: Split) -> None:

@@ -102,9 +102,9 @@ class Fake(Server):
 class World:
     """A state store, a log folder, two fake engines and as many routers as a test wants."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, state_url: str | None = None) -> None:
         self.folder = folder
-        self.state_url = f"sqlite:///{folder}/state.db"
+        self.state_url = state_url or f"sqlite:///{folder}/state.db"
         self.state = TrafficState(open_state(self.state_url))
         self.stable = Fake(text="tick ")
         self.canary = Fake(text="tock ")

@@ -198,7 +198,7 @@ def test_killed_all_along_it_decides_the_same(tmp_path: Path, canary: ArmModel, 
     expected = ["deployed student-v1"]
     expected += ["champion moved"] if end is Phase.PROMOTED else ["retired student-v1"]
     assert (tmp_path / "harmed" / "effects").read_text().splitlines() == expected
-    assert replay(harmed.spec, harmed.rollouts.audit(harmed.spec.id)).exact
+    assert replay(harmed.stored, harmed.rollouts.audit(harmed.spec.id)).exact
 
 
 def test_two_controllers_at_once_one_acts_and_the_other_takes_over(tmp_path: Path) -> None:
@@ -229,4 +229,4 @@ def test_two_controllers_at_once_one_acts_and_the_other_takes_over(tmp_path: Pat
     assert int((folder / "ticks-second").read_text()) > 0
     looks = [e.tick for e in world.rollouts.audit("the-one") if e.kind == "look"]
     assert len(set(looks)) == len(looks)
-    assert replay(world.spec, world.rollouts.audit("the-one")).exact
+    assert replay(world.stored, world.rollouts.audit("the-one")).exact

@@ -28,8 +28,8 @@ HI: Any = [{"role": "user", "content": "hi"}]
 class KeyWorld(World):
     """A world whose routers want keys."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, state_url: str | None = None) -> None:
+        super().__init__(folder, state_url)
         self.keys = KeyState(open_state(self.state_url))
         self.split(1)
 

@@ -18,7 +18,7 @@ from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.rollout.simulate import ArmModel, draw_counts
-from serve.state.rollouts import RolloutState
+from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
 
@@ -119,8 +119,14 @@ class Routers:
 class World:
     """A route with a teacher as its stable arm, and one rollout on it."""
 
-    def __init__(self, folder: Path, policy: RolloutPolicy | None = None, **routers: object) -> None:
-        self.engine: Engine = open_state(f"sqlite:///{folder}/state.db")
+    def __init__(
+        self,
+        folder: Path,
+        policy: RolloutPolicy | None = None,
+        state_url: str | None = None,
+        **routers: object,
+    ) -> None:
+        self.engine: Engine = open_state(state_url or f"sqlite:///{folder}/state.db")
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
         self.told: list[str] = []
@@ -146,6 +152,11 @@ class World:
             holder=holder,
             clock=lambda: self.now,
         )
+
+    @property
+    def stored(self) -> StoredRollout:
+        """The rollout as it is stored."""
+        return self.rollouts.get(self.spec.id)
 
     @property
     def status(self) -> RolloutStatus:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from sqlalchemy import Engine
 
 from contracts.errors import ConflictError
 from contracts.feedback import Feedback
@@ -22,7 +22,6 @@ from serve.router.metrics import Metrics
 from serve.router.served import ServedIds, rows_of
 from serve.router.table import Route
 from serve.state.feedback import FeedbackState, Served, Stored
-from serve.state.tables import open_state
 
 SPLIT = Split(
     route="support", version=3, salt="s", stable=Upstream(name="t", model="big", url="http://127.0.0.1:9")
@@ -30,9 +29,9 @@ SPLIT = Split(
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> FeedbackState:
+def state(engine: Engine) -> FeedbackState:
     """An empty store."""
-    return FeedbackState(open_state(f"sqlite:///{tmp_path}/state.db"))
+    return FeedbackState(engine)
 
 
 def served(request_id: str, subjects: str = "", at: float = 100.0) -> Served:

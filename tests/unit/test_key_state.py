@@ -6,23 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from contracts.errors import ConfigError, ConflictError, NotFoundError
 from contracts.keys import KeyUsage
 from contracts.routes import RouteLimits, RouteSettings
 from serve.state.keys import KeyState, MinuteUsage, Spent, new_key
 from serve.state.settings import SettingsState
-from serve.state.tables import open_state
+from serve.state.tables import metadata
 
 HOUR = 500_000
 MINUTE = HOUR * 60
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    """An empty store."""
-    return open_state(f"sqlite:///{tmp_path}/state.db")
 
 
 @pytest.fixture
@@ -31,13 +25,17 @@ def state(engine: Engine) -> KeyState:
     return KeyState(engine)
 
 
-def test_a_key_is_found_by_its_secrets_digest_and_stored_without_it(state: KeyState, tmp_path: Path) -> None:
-    """The whole store, journal included, can be read without learning a secret."""
+def test_a_key_is_found_by_its_secrets_digest_and_stored_without_it(
+    state: KeyState, engine: Engine, tmp_path: Path
+) -> None:
+    """The whole store, SQLite's journal included, can be read without learning a secret."""
     key, secret = new_key("ci", routes=("a", "b"), requests_per_minute=3)
     state.create_key(key)
     assert state.find(key.digest) == key == state.get_key(key.id)
     assert state.keys() == {key.id: key}
-    stored = b"".join(f.read_bytes() for f in tmp_path.iterdir())
+    with engine.connect() as db:
+        rows = [str(row) for table in metadata.sorted_tables for row in db.execute(select(table))]
+    stored = "\n".join(rows).encode() + b"".join(f.read_bytes() for f in tmp_path.rglob("state.db*"))
     assert key.digest.encode() in stored
     assert secret.encode() not in stored
     assert secret.removeprefix("sk-sh-").encode() not in stored

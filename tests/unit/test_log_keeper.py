@@ -156,6 +156,9 @@ def test_segments_are_deleted_after_their_days(tmp_path: Path, remote: Remote) -
 def test_a_missing_package_and_a_wrong_url_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first start says what to install, not the first rotation."""
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(
+        sys.modules["fsspec.registry"]._registry, "s3", raising=False
+    )  # other tests have used it
     with pytest.raises(ConfigError, match="pip install s3fs"):
         Remote("s3://bucket/prefix")
     with pytest.raises(ConfigError, match=r"log\.upload"):

@@ -17,6 +17,7 @@ from serve.rollout import cli
 from serve.rollout.aliases import promoted_hook, rolled_back_hook
 from serve.rollout.cli_stack import StackHandle
 from serve.rollout.start import start_rollout
+from serve.state.outbox import OutboxState
 from tests.unit.rollout_world import BROKEN, World, demo_policy, record
 
 runner = CliRunner()
@@ -30,7 +31,11 @@ class Desk:
         self.registry = FakeRegistry()
         self.folder = folder
         handle = StackHandle(
-            self.world.rollouts, self.world.traffic, {"demo": demo_policy()}, lambda: self.registry
+            self.world.rollouts,
+            self.world.traffic,
+            OutboxState(self.world.engine),
+            {"demo": demo_policy(cooldown_s=0.0)},
+            lambda: self.registry,
         )
         monkeypatch.setattr(cli, "open_stack", lambda config: handle)
         monkeypatch.setattr(cli.console, "_width", 140)

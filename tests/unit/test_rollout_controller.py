@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contracts.errors import EngineError
+from contracts.errors import ConflictError, EngineError
 from contracts.gates import Verdict
 from contracts.rollout import Phase, Step
 from contracts.traffic import Split, Upstream
@@ -15,6 +15,7 @@ from serve.rollout.controller import Controller
 from serve.rollout.decide import initial
 from serve.rollout.replay import replay
 from serve.rollout.simulate import ArmModel
+from serve.state.rollouts import Tick
 from tests.unit.rollout_world import BROKEN, GOOD, STABLE, TEACHER, World, demo_policy
 
 
@@ -348,7 +349,7 @@ def test_the_audit_replays_to_the_same_decisions_bit_for_bit(tmp_path: Path, can
     """Every stored status follows from the stored observations, through JSON, to the last bit."""
     world = World(tmp_path, canary=canary)
     world.until(Phase.PROMOTED)
-    again = replay(world.spec, world.rollouts.audit(world.spec.id))
+    again = replay(world.stored, world.rollouts.audit(world.spec.id))
     assert again.exact, again.mismatches
     assert again.ticks == world.status.ticks
     assert again.final == world.status
@@ -361,7 +362,7 @@ def test_a_tampered_audit_does_not_replay(tmp_path: Path) -> None:
     trail = world.rollouts.audit(world.spec.id)
     look = next(e for e in trail if e.kind == "look" and e.body["observation"].get("windows"))
     look.body["observation"]["windows"][0]["stable"]["n"] += 1
-    assert not replay(world.spec, trail).exact
+    assert not replay(world.stored, trail).exact
 
 
 def test_only_the_lease_holder_acts(tmp_path: Path) -> None:
@@ -378,9 +379,10 @@ def test_only_the_lease_holder_acts(tmp_path: Path) -> None:
 def test_a_controller_that_lost_its_lease_in_mid_tick_writes_nothing(tmp_path: Path) -> None:
     """The status version keeps a stale writer out even if it believes to be alone."""
     world = World(tmp_path)
-    stale = world.rollouts.get(world.spec.id)
+    stale = world.stored
     world.step()
     before = world.rollouts.audit(world.spec.id)
-    with pytest.raises(Exception, match="advanced by another controller"):
-        world.new_controller("two").advance(stale)
+    status = stale.status.model_copy(update={"ticks": 7, "reason": "late"})
+    with pytest.raises(ConflictError, match="advanced by another controller"):
+        world.rollouts.save_tick(Tick(stale, status, entries=before[:1]))
     assert world.rollouts.audit(world.spec.id) == before

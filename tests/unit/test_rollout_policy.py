@@ -62,7 +62,7 @@ def test_picking_a_policy() -> None:
     assert pick_policy({"a": one, "b": two}, "b") is two
     assert pick_policy({"default": one, "b": two}, None) is one
     assert pick_policy({"a": one}, None) is one
-    assert pick_policy({}, None) == RolloutPolicy()
+    assert pick_policy({}, None) == RolloutPolicy(watch_s=4 * 3600.0)
     with pytest.raises(ConfigError, match=r"--policy a \| b"):
         pick_policy({"a": one, "b": two}, None)
     with pytest.raises(ConfigError, match="no rollout policy 'c'"):

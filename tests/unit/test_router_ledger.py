@@ -6,6 +6,8 @@ import math
 import random
 import threading
 
+from sqlalchemy import Engine
+
 from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts
 from contracts.traffic import Arm, Split, Upstream
 from serve.router.config import RouterConfig
@@ -13,7 +15,6 @@ from serve.router.ledger import EvidenceKey, Ledger, bucket_of
 from serve.router.metrics import Metrics
 from serve.router.pool import Pools
 from serve.router.table import RouteTable
-from serve.state.tables import open_state
 from serve.state.traffic import Endpoint, TrafficState
 
 KEY = EvidenceKey("support", "r1", "canary", 4)
@@ -44,9 +45,9 @@ def test_counts_are_what_happened() -> None:
     assert (entry.route, entry.rollout_id, entry.arm, entry.split_version) == KEY
 
 
-def test_an_entry_is_kept_until_it_is_stored_and_stored_once(tmp_path) -> None:
+def test_an_entry_is_kept_until_it_is_stored_and_stored_once(engine: Engine) -> None:
     """A store that fails, or that stored but could not say so, never changes the sum."""
-    state = TrafficState(open_state(f"sqlite:///{tmp_path}/s.db"))
+    state = TrafficState(engine)
     ledger = Ledger("r")
     rng = random.Random(1)
     total = 0

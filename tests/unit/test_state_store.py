@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import Engine, update
+from sqlalchemy import Engine, select, update
 
 from contracts.errors import ConflictError, NotFoundError, StateError
 from contracts.metrics import ArmCounts
-from contracts.rollout import LedgerEntry, Phase
+from contracts.rollout import LedgerEntry, Phase, RolloutStatus
 from contracts.traffic import Split
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec
-from serve.state.rollouts import AuditEntry, RolloutState
-from serve.state.tables import open_state, schema_table
+from serve.state.rollouts import AuditEntry, RolloutState, StoredRollout, Tick
+from serve.state.tables import SCHEMA_VERSION, open_state, schema_table
 from serve.state.traffic import RouterReport, TrafficState
 from tests.unit.rollout_world import T0, TEACHER, record
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Engine:
-    """An empty store."""
-    return open_state(f"sqlite:///{tmp_path}/deep/er/state.db")
 
 
 def split(version: int, weight: float = 0.0) -> Split:
@@ -58,6 +53,11 @@ def started(engine: Engine) -> RolloutState:
 def audit(tick: int) -> AuditEntry:
     """An audit line."""
     return AuditEntry(rollout_id="x", tick=tick, at=T0, kind="look", body={"n": tick, "e": 0.1 + 0.2})
+
+
+def tick(before: StoredRollout, status: RolloutStatus, new: Split) -> Tick:
+    """A tick that moves a split, consumes command 1 and quarantines digest 'd'."""
+    return Tick(before, status, [audit(1)], split=new, done_commands=[1], quarantined=("d", "bad"))
 
 
 def test_a_split_is_written_only_one_above_the_stored_version(engine: Engine) -> None:
@@ -99,17 +99,13 @@ def test_a_tick_is_all_or_nothing(engine: Engine) -> None:
     before = state.get("x")
     moved = before.status.model_copy(update={"phase": Phase.WARMING, "ticks": 1})
     with pytest.raises(ConflictError):
-        state.save_tick(
-            before, moved, [audit(1)], split=split(3), done_commands=[1], quarantined=("d", "bad")
-        )
+        state.save_tick(tick(before, moved, split(3)))
     assert state.get("x") == before
     assert state.audit("x") == []
     assert len(state.pending_commands("x")) == 1
     assert state.quarantined("d") is None
 
-    after = state.save_tick(
-        before, moved, [audit(1)], split=split(2), done_commands=[1], quarantined=("d", "bad")
-    )
+    after = state.save_tick(tick(before, moved, split(2)))
     assert state.get("x") == after
     assert state.audit("x") == [audit(1)]
     assert state.pending_commands("x") == []
@@ -121,9 +117,9 @@ def test_a_stale_writer_is_refused(engine: Engine) -> None:
     """Two controllers read the same status: the second to write gets a conflict, and writes nothing."""
     state = started(engine)
     before = state.get("x")
-    state.save_tick(before, before.status, [audit(1)])
+    state.save_tick(Tick(before, before.status, [audit(1)]))
     with pytest.raises(ConflictError, match="another controller"):
-        state.save_tick(before, before.status, [audit(2)])
+        state.save_tick(Tick(before, before.status, [audit(2)]))
     assert [e.tick for e in state.audit("x")] == [1]
 
 
@@ -134,7 +130,7 @@ def test_one_active_rollout_a_route_until_it_is_over(engine: Engine) -> None:
     with pytest.raises(ConflictError, match="already has an active rollout"):
         state.create(spec, initial(spec))
     before = state.get("x")
-    state.save_tick(before, before.status.model_copy(update={"phase": Phase.ABORTED}), [])
+    state.save_tick(Tick(before, before.status.model_copy(update={"phase": Phase.ABORTED})))
     assert state.active() == []
     state.create(spec, initial(spec))
     assert [r.spec.id for r in state.active("r")] == [spec.id]
@@ -146,7 +142,7 @@ def test_unknown_things_are_named(engine: Engine) -> None:
     state = started(engine)
     with pytest.raises(NotFoundError, match="no rollout 'y'"):
         state.get("y")
-    with pytest.raises(NotFoundError, match="pause, resume, promote, abort"):
+    with pytest.raises(NotFoundError, match="pause, resume, approve, promote, abort"):
         state.add_command("x", "explode", "ann")
 
 
@@ -215,10 +211,34 @@ def test_a_store_of_another_release_is_refused(engine: Engine) -> None:
     with engine.begin() as db:
         db.execute(update(schema_table).values(version=99))
     with pytest.raises(StateError, match="schema version 99"):
-        open_state(str(engine.url))
+        open_state(engine.url.render_as_string(hide_password=False))
+
+
+def test_processes_that_open_an_empty_store_at_once_all_succeed(state_url: str) -> None:
+    """Routers, controller and admin API start together: each creates what is missing, none fails on it."""
+    go = threading.Barrier(6)
+
+    def open_it(_: int) -> int | None:
+        go.wait()
+        with open_state(state_url).connect() as db:
+            return db.execute(select(schema_table.c.version)).scalar_one()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(open_it, range(6))) == [SCHEMA_VERSION] * 6
 
 
 def test_an_unreachable_store_says_what_to_check() -> None:
     """A wrong URL is a StateError with the URL in it."""
     with pytest.raises(StateError, match="cannot be opened"):
         open_state("sqlite:////proc/nowhere/state.db")
+
+
+def test_the_password_of_a_store_is_in_no_error() -> None:
+    """State URLs carry passwords; errors end in logs."""
+    secret = "-".join(("s3", "cr3t"))
+    with pytest.raises(StateError, match=r"psycopg://me:\*\*\*@127.0.0.1:9/x") as refused:
+        open_state(f"postgresql+psycopg://me:{secret}@127.0.0.1:9/x")
+    assert secret not in "".join(traceback.format_exception(refused.value))
+    with pytest.raises(StateError, match="is no database URL") as refused:
+        open_state(f"//me:{secret}@host")
+    assert secret not in "".join(traceback.format_exception(refused.value))
