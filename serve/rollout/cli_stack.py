@@ -6,7 +6,7 @@ Tests give their own StackHandle. Knows nothing about the commands.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 
 from registry.store import Registry
@@ -29,7 +29,8 @@ class StackHandle:
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
-    sources: Sources = field(default_factory=Sources)
+    sources: Sources | None = None
+    """What the configuration says of graders, judges and Prometheus; None: metrics are taken as they are."""
 
 
 def open_stack(config_path: str | None) -> StackHandle:

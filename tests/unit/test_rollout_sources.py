@@ -9,11 +9,16 @@ import pytest
 from contracts.errors import ConfigError, GateError
 from contracts.grading import GraderSet, JudgeCheck
 from contracts.metrics import MetricSpec
+from contracts.rollout import Phase, RolloutSpec
 from contracts.traffic import Split, Upstream
+from registry.digest import digest_folder
+from registry.fake import FakeRegistry
 from serve.rollout.policy import RolloutPolicy
 from serve.rollout.sources import Sources
+from serve.rollout.start import start_rollout
 from serve.state.judges import JudgeState
 from serve.state.tables import open_state
+from tests.unit.rollout_world import World, demo_policy, record
 
 NOW = 10 * 86400.0
 BIG = Upstream(name="big", model="m", url="http://h:1")
@@ -104,6 +109,32 @@ def test_a_judge_is_pinned_to_its_version() -> None:
     (second,) = sources(check(), **changed).prepare(policy(kind="pairs", grader="helpful"), SPLIT)[0].metrics
     assert second.grader != first.grader
     assert MetricSpec.model_validate_json(first.model_dump_json()) == first
+
+
+def test_a_forced_start_says_so_in_the_audit(tmp_path: Any) -> None:
+    """Without a check nothing is created; with --force the rollout's first line names the judge and why."""
+    world, registry = World(tmp_path), FakeRegistry()
+    world.ask("abort")
+    world.until(Phase.ABORTED)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("w")
+    artifact = record().artifact.model_copy(update={"digest": digest_folder(tmp_path / "model")})
+    registry.publish(record().model_copy(update={"version": None, "artifact": artifact}), tmp_path / "model")
+    judged = demo_policy(metrics=policy(kind="pairs", grader="helpful").metrics, mirror=0.1, cooldown_s=0.0)
+
+    def start(force: bool) -> RolloutSpec:
+        return start_rollout(
+            world.rollouts, world.traffic, registry, judged, "support", "student:1",
+            by="ann", reason="hurry", force=force, sources=sources(),
+        )  # fmt: skip
+
+    with pytest.raises(GateError, match="never checked"):
+        start(force=False)
+    assert world.rollouts.active("support") == []
+    spec = start(force=True)
+    assert spec.created_by == "ann (hurry; forced past the check of judge helpful)"
+    assert spec.mirror == 0.1
+    assert spec.metrics[0].grader.startswith("helpful-")
 
 
 def test_the_latest_check_of_a_version_counts(tmp_path: Any) -> None:
