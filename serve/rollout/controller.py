@@ -90,7 +90,7 @@ class Controller:
         self._tick_s, self._lease_ttl_s = tick_s, lease_ttl_s
         self.holder = holder or f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._metrics = metrics
-        self._leads_until = 0.0
+        self._leads_until, self._lapsed = 0.0, True
         self._confirmer = confirmer or Confirmer()
         self._courier = courier or Courier(engine, leading=self.leading)
         self._observer = Observer(
@@ -111,7 +111,7 @@ class Controller:
                 log.warning("tick skipped, the state store did not answer: %s", err)
                 self._observer.reset()
             stop.wait(max(0.01, self._tick_s - (time.monotonic() - started)))
-        self._leads_until = 0.0
+        self._leads_until, self._lapsed = 0.0, True
         telling.join(10)
         self._confirmer.close()
         self._rollouts.release_lease(LEASE, self.holder)
@@ -130,7 +130,7 @@ class Controller:
             return False
         waiting: list[_Decided] = []
         for stored in self._observer.begin():
-            if not self.leading() and not self._lead():
+            if not self.leading() and not self._renew():
                 log.info("another controller took over in mid-tick")
                 return False
             try:
@@ -147,13 +147,22 @@ class Controller:
         return True
 
     def _lead(self) -> bool:
-        """Take or renew the lease; what was read before another one led is read again."""
-        held, asked_at = self.leading(), time.monotonic()
-        if not self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s):
-            self._leads_until = 0.0
+        """Take or renew the lease between ticks; what another one may have changed is read again."""
+        held = self.leading() and not self._lapsed
+        if not self._renew():
             return False
         if not held:
             self._observer.reset()
+            self._lapsed = False
+        return True
+
+    def _renew(self) -> bool:
+        """Take or renew the lease. In mid-tick the view stays as it is: the status versions guard it."""
+        self._lapsed = self._lapsed or not self.leading()
+        asked_at = time.monotonic()
+        if not self._rollouts.acquire_lease(LEASE, self.holder, self._lease_ttl_s):
+            self._leads_until = 0.0
+            return False
         # Counted from before it was asked for, and shorter than the store says: this clock gives up first.
         self._leads_until = asked_at + 0.8 * self._lease_ttl_s
         return True

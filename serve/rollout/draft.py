@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from contracts.gates import Verdict
-from contracts.rollout import Phase, RolloutSpec, RolloutStatus, WatchStatus
+from contracts.rollout import MetricStatus, Phase, RolloutSpec, RolloutStatus, WatchStatus
 from contracts.traffic import Split, Upstream
 from serve.rollout import evidence, sentences
 from serve.rollout.observation import Action, Asked, Decision, Observation
+from serve.rollout.stats.combine import Family
 
 _OVER = (Phase.PROMOTING, Phase.ROLLING_BACK, Phase.PROMOTED, Phase.ROLLED_BACK, Phase.ABORTED)
 
@@ -28,10 +29,18 @@ class Draft:
         self.done: list[int] = []
         self.notes: list[str] = []
         self.looked = False
+        self._family: tuple[tuple[MetricStatus, ...], Family] | None = None
 
     def set(self, **values: Any) -> None:
         """Change fields of the status."""
         self.status = self.status.model_copy(update=values)
+
+    @property
+    def family(self) -> Family:
+        """The evidence as it stands in this decision, combined once."""
+        if self._family is None or self._family[0] is not self.status.metrics:
+            self._family = self.status.metrics, evidence.combine(self.spec, self.status.metrics)
+        return self._family[1]
 
     def go(self, phase: Phase, reason: str, **values: Any) -> None:
         """Enter a phase (or stay in it) with a reason."""

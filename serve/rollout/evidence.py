@@ -63,8 +63,10 @@ def judge(spec: RolloutSpec, metrics: tuple[MetricStatus, ...]) -> tuple[MetricS
     """Give each metric its verdict; when only the mean shows harm, the worst metric carries the FAIL."""
     all_of = combine(spec, metrics)
     roles = _roles(spec)
+    verdicts = (_verdict(m, roles[m.name], all_of, spec.alpha_harm) for m in metrics)
     return tuple(
-        m.model_copy(update={"verdict": _verdict(m, roles[m.name], all_of, spec.alpha_harm)}) for m in metrics
+        m if m.verdict is verdict else m.model_copy(update={"verdict": verdict})
+        for m, verdict in zip(metrics, verdicts, strict=True)
     )
 
 
@@ -157,13 +159,8 @@ def _read_one(metric: MetricSpec, before: MetricStatus, reading: QueryReading) -
 def _with(
     before: MetricStatus, log_harm: float, log_noninferior: float, state: dict[str, list[float]]
 ) -> MetricStatus:
-    return MetricStatus(
-        name=before.name,
-        kind=before.kind,
-        log_harm=log_harm,
-        log_noninferior=log_noninferior,
-        verdict=before.verdict,
-        state=state,
+    return before.model_copy(
+        update={"log_harm": log_harm, "log_noninferior": log_noninferior, "state": state}
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from contracts.metrics import ArmCounts
 from contracts.rollout import RolloutSpec, RolloutStatus
 from serve.rollout import evidence
 from serve.rollout.decide import decide, initial, step_evidence
@@ -112,7 +113,7 @@ def _evidence_body(spec: RolloutSpec, after: RolloutStatus) -> dict[str, Any]:
         "step": after.step,
         "weight": after.weight,
         "reason": after.reason,
-        "counts": {arm: _brief(c.model_dump()) for arm, c in after.total_counts.items()},
+        "counts": {arm: _brief(c) for arm, c in after.total_counts.items()},
         "metrics": [
             {
                 "metric": m.name,
@@ -139,7 +140,7 @@ def _evidence_body(spec: RolloutSpec, after: RolloutStatus) -> dict[str, Any]:
 def _watch_body(after: RolloutStatus) -> dict[str, Any]:
     if after.watch is None:
         return {}
-    counts = {arm: _brief(c.model_dump()) for arm, c in after.watch.counts.items()}
+    counts = {arm: _brief(c) for arm, c in after.watch.counts.items()}
     return {"watch": {"counts": counts, "log_alarm": after.watch.log_alarm, "worst": after.watch.worst}}
 
 
@@ -158,5 +159,5 @@ def _transition_body(before: RolloutStatus, decision: Decision) -> dict[str, Any
     }
 
 
-def _brief(counts: dict[str, Any]) -> dict[str, int]:
-    return {k: v for k, v in counts.items() if isinstance(v, int)}
+def _brief(counts: ArmCounts) -> dict[str, int]:
+    return {"n": counts.n, "errors": counts.errors}

@@ -56,7 +56,10 @@ def compared(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCount
         won, lost = sum(z[half + 1 :]), sum(z[:half])
         return f"canary was better in {won} and worse in {lost} of {sum(z)} pairs, {_scored(z)}"
     if "value" in metric.state:
-        return f"canary's value is {metric.state['value'][0]:g}"
+        assert wanted.query is not None
+        edges = (("at least", wanted.query.at_least), ("at most", wanted.query.at_most))
+        bounds = ", ".join(f"{word} {edge:g}" for word, edge in edges if edge is not None)
+        return f"canary's value is {metric.state['value'][0]:g} ({bounds})"
     windows = windows_of(wanted, stable, canary)
     if wanted.kind is MetricKind.QUERY:
         windows = [two_sample.Window(*(int(v) for v in metric.state.get("counts", [0.0] * 4)))]
@@ -71,6 +74,8 @@ def harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str
     worst = family.worst
     assert worst is not None, "harm is only ever shown on a guardrail"
     said = compared(spec, worst, counts)
+    if "value" in worst.state:
+        return f"{worst.name}: {said}: out of its bounds on {worst.state['row'][0]:.0f} looks in a row"
     if worst.log_harm >= family.log_harm_each_at:
         tests = sum(m.role is Role.GUARDRAIL for m in spec.metrics)
         bound = f"{number(family.log_harm_each_at)} ({tests} guardrails / alpha {spec.alpha_harm:g})"
@@ -139,6 +144,8 @@ def weak(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts], 
     """Why a step is not left although its time is over."""
     if metric.verdict is Verdict.NO_DATA:
         return f"no canary data on {metric.name} yet"
+    if "value" in metric.state:
+        return f"{metric.name}: {compared(spec, metric, counts)}: out of its bounds"
     return (
         f"{metric.name}: {compared(spec, metric, counts)}: "
         f"non-inferiority e-value {number(metric.log_noninferior)} of {needed:.3g} needed"

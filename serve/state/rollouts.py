@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from sqlalchemy import Connection, Engine, and_, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
-from contracts.config import Record, canonical_json
+from contracts.config import Record
 from contracts.errors import ConflictError, NotFoundError
 from contracts.rollout import RolloutSpec, RolloutStatus
 from contracts.traffic import Split
@@ -327,7 +328,7 @@ def _audit_row(entry: AuditEntry) -> dict[str, Any]:
         "tick": entry.tick,
         "at": entry.at,
         "kind": entry.kind,
-        "body": canonical_json(entry.body),
+        "body": orjson.dumps(entry.body, option=orjson.OPT_SORT_KEYS).decode(),
     }
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sqlalchemy import Engine
 
 from contracts.gates import Gate, GateReport, GateResult, Verdict
+from contracts.hooks import HookSpec
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import Artifact, EvalReport, ModelRecord
 from contracts.rollout import LedgerEntry, Phase, RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Split, Upstream
+from serve.rollout.confirmer import Confirmer
 from serve.rollout.controller import Controller
 from serve.rollout.decide import initial
 from serve.rollout.deployer import FakeDeployer
 from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.rollout.simulate import ArmModel, draw_counts
+from serve.rollout.webhook import Reply
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
@@ -76,7 +82,9 @@ class Routers:
     traffic: TrafficState
     per_s: float = 30.0
     stable: ArmModel = STABLE
+    """How the upstream behaves that was stable before the rollout."""
     canary: ArmModel = GOOD
+    """How the student behaves."""
     seed: int = 0
     follow: bool = True
     """False: they keep acknowledging the version they first saw."""
@@ -93,8 +101,11 @@ class Routers:
             n = int(rng.poisson(self.per_s * seconds / 2))
             n_canary = int(rng.binomial(n, split.weight))
             if split.rollout_id is not None:
-                self._append(replica, split, "stable", draw_counts(rng, self.stable, n - n_canary), now)
-                self._append(replica, split, "canary", draw_counts(rng, self.canary, n_canary), now)
+                stable, canary = self.stable, self.canary
+                if split.window == "watch":  # the arms are swapped then, the models behind them are not
+                    stable, canary = canary, stable
+                self._append(replica, split, "stable", draw_counts(rng, stable, n - n_canary), now)
+                self._append(replica, split, "canary", draw_counts(rng, canary, n_canary), now)
             version = split.version if self.follow else 1
             report = RouterReport(replica=replica, versions={self.route: version}, in_flight=self.busy)
             self.traffic.report_router(report)
@@ -116,6 +127,16 @@ class Routers:
         self.traffic.append_ledger([entry])
 
 
+class Inline(Executor):
+    """Runs what is submitted at once, in the caller's thread: no test waits for a thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 class World:
     """A route with a teacher as its stable arm, and one rollout on it."""
 
@@ -126,10 +147,15 @@ class World:
         state_url: str | None = None,
         **routers: object,
     ) -> None:
-        self.engine: Engine = open_state(state_url or f"sqlite:///{folder}/state.db")
+        self.state_url = state_url or f"sqlite:///{folder}/state.db"
+        self.engine: Engine = open_state(self.state_url)
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
         self.told: list[str] = []
+        self.reply = Reply(200, "")
+        """What confirming hooks answer."""
+        self.asked: list[tuple[str, str]] = []
+        """(hook, event id) of every question."""
         self.now = T0
         self.routers = Routers(self.traffic, **routers)  # type: ignore[arg-type]
         self.traffic.put_split(Split(route="support", version=1, salt="old", stable=TEACHER))
@@ -149,9 +175,15 @@ class World:
             self.deployer,
             on_promoted=lambda spec: self.told.append("promoted"),
             on_rolled_back=lambda spec: self.told.append("rolled_back"),
+            on_restored=lambda spec: self.told.append("restored"),
+            confirmer=Confirmer(self._answer, Inline()),
             holder=holder,
             clock=lambda: self.now,
         )
+
+    def _answer(self, hook: HookSpec, body: str, event: str, event_id: str, now: float) -> Reply:
+        self.asked.append((hook.label, event_id))
+        return self.reply
 
     @property
     def stored(self) -> StoredRollout:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from sqlalchemy import delete, select, update
 from typer.testing import CliRunner
 
-from contracts.errors import ConflictError, GateError, NotFoundError
+from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
+from contracts.hooks import HookSpec
 from contracts.model import ModelRecord
 from contracts.rollout import Phase
 from registry.digest import digest_folder
@@ -16,8 +18,11 @@ from registry.fake import FakeRegistry
 from serve.rollout import cli
 from serve.rollout.aliases import promoted_hook, rolled_back_hook
 from serve.rollout.cli_stack import StackHandle
+from serve.rollout.courier import Courier
+from serve.rollout.replay import replay
 from serve.rollout.start import start_rollout
 from serve.state.outbox import OutboxState
+from serve.state.tables import audit
 from tests.unit.rollout_world import BROKEN, World, demo_policy, record
 
 runner = CliRunner()
@@ -200,3 +205,94 @@ def test_hooks_move_the_aliases_once(desk: Desk) -> None:
     assert events == [("challenger", 1), ("champion", 1), ("challenger", None)]
     rolled_back_hook(desk.registry)(spec)
     assert desk.registry.aliases("student") == {"champion": 1}
+
+
+def test_an_ab_test_is_one_step_that_holds(desk: Desk) -> None:
+    """--ab 0.5: the policy's metrics and margins at one fixed weight, until a person decides."""
+    desk.end_first()
+    desk.publish()
+    assert "A/B test at 50 %" in desk.run("start", "support", "student:1", "--ab", "0.5")
+    spec = desk.world.rollouts.active("support")[0].spec
+    assert ([s.weight for s in spec.steps], spec.hold_final) == ([0.5], True)
+    assert spec.metrics == desk.world.spec.metrics
+    desk.world.spec = spec
+    desk.world.ask("abort")
+    desk.world.until(Phase.ABORTED)
+    with pytest.raises(ConfigError, match=r"--ab: the weight must be between 0 and 1"):
+        desk.run("start", "support", "student:1", "--ab", "1")
+
+
+def test_start_cools_down_after_a_rollback_unless_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal says how long; --force starts all the same."""
+    desk = Desk(tmp_path, monkeypatch, policy=demo_policy(cooldown_s=300.0), canary=BROKEN)
+    desk.world.until(Phase.ROLLED_BACK)
+    ended = desk.world.status.phase_since
+    desk.publish()
+    monkeypatch.setattr("serve.rollout.start.time.time", lambda: ended + 60)
+    with pytest.raises(ConflictError, match="cools down for another 240 s"):
+        desk.run("start", "support", "student:1")
+    assert "accepted" in desk.run("start", "support", "student:1", "--force")
+
+
+def test_replay_says_exact_or_the_first_difference(desk: Desk) -> None:
+    """Exit code 0 and 1; --json has the same for machines; a rollout that still runs replays too."""
+    world = desk.world
+    world.until(Phase.RAMPING)
+    rollout_id = world.spec.id
+    assert "all 2 stored decisions replay bit for bit, to ramping" in desk.run("replay", rollout_id)
+    world.until(Phase.PROMOTED)
+    found = json.loads(desk.run("replay", rollout_id, "--json"))
+    assert (found["exact"], found["phase"], found["ticks"]) == (True, "promoted", world.status.ticks)
+    with world.engine.begin() as db:
+        body = db.execute(select(audit.c.body).where(audit.c.tick == 1)).scalar_one()
+        forged = body.replace('"ready":true', '"ready":false')
+        assert forged != body
+        db.execute(update(audit).where(audit.c.tick == 1).values(body=forged))
+    result = runner.invoke(cli.app, ["replay", rollout_id])
+    assert result.exit_code == 1
+    assert "the first: tick 1: replay says pending" in result.output
+    with world.engine.begin() as db:
+        db.execute(delete(audit).where(audit.c.tick == world.status.ticks))
+    assert runner.invoke(cli.app, ["replay", rollout_id]).exit_code == 1
+
+
+def test_a_trail_without_its_end_does_not_replay(desk: Desk) -> None:
+    """Lines cut off at the end leave the stored status unexplained."""
+    desk.world.until(Phase.PROMOTED)
+    stored, trail = desk.world.stored, desk.world.rollouts.audit(desk.world.spec.id)
+    assert replay(stored, trail).exact
+    cut = replay(stored, trail[:-1])
+    assert cut.mismatches == (
+        f"the trail ends at tick {stored.status.ticks - 1}, the rollout is at {stored.status.ticks}",
+    )
+
+
+def test_history_shows_what_webhooks_were_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead letters with their words, and no URL, whose path may be a secret."""
+    hook = HookSpec(name="pager", on=("*",), url="http://127.0.0.1:1/T0/s3cret", retries=0)
+    desk = Desk(tmp_path, monkeypatch, policy=demo_policy(hooks=(hook,)))
+    desk.world.step()
+    Courier(desk.world.engine, clock=lambda: desk.world.now).deliver()
+    out = desk.run("history", "--id", desk.world.spec.id)
+    assert "pager" in out
+    assert "dead letter: cannot be reached" in out
+    assert "s3cret" not in out
+    full = desk.run("history", "--id", desk.world.spec.id, "--json")
+    (message,) = json.loads(full)["messages"]
+    assert (message["event"], message["dead"], message["tries"]) == ("warming", True, 1)
+
+
+def test_starting_is_told_to_webhooks_with_the_rollout_itself(desk: Desk) -> None:
+    """'started' is in the outbox in the transaction that creates the rollout, with who asked for it."""
+    desk.end_first()
+    desk.publish()
+    hook = HookSpec(on=("started",), url="http://127.0.0.1:1/")
+    spec = start_rollout(
+        desk.world.rollouts, desk.world.traffic, desk.registry, demo_policy(hooks=(hook,)), "support",
+        "student:1", by="ann",
+    )  # fmt: skip
+    (message,) = OutboxState(desk.world.engine).of(spec.id)
+    body = json.loads(message.body)
+    assert (body["event"], body["by"], body["model"]) == ("started", "ann", "student:1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from contracts.rollout import Phase, Step
 from contracts.traffic import Split, Upstream
 from serve.rollout.controller import Controller
 from serve.rollout.decide import initial
+from serve.rollout.policy import make_spec
 from serve.rollout.replay import replay
 from serve.rollout.simulate import ArmModel
 from serve.state.rollouts import Tick
-from tests.unit.rollout_world import BROKEN, GOOD, STABLE, TEACHER, World, demo_policy
+from tests.unit.rollout_world import BROKEN, GOOD, STABLE, TEACHER, World, demo_policy, record
 
 
 def weights_seen(world: World) -> list[float]:
@@ -386,3 +388,73 @@ def test_a_controller_that_lost_its_lease_in_mid_tick_writes_nothing(tmp_path: P
     with pytest.raises(ConflictError, match="advanced by another controller"):
         world.rollouts.save_tick(Tick(stale, status, entries=before[:1]))
     assert world.rollouts.audit(world.spec.id) == before
+
+
+def test_a_lease_that_lapses_in_mid_tick_is_renewed_and_costs_nobody_a_rollout(tmp_path: Path) -> None:
+    """A tick slower than the lease: the view of the splits stays, nothing is mistaken for changed."""
+    world = World(tmp_path)
+    world.until(Phase.RAMPING)
+    world.controller = Controller(
+        world.engine, world.deployer, holder="one", clock=lambda: world.now, lease_ttl_s=1e-6
+    )
+    for _ in range(20):
+        world.step()
+    assert world.status.decision in (None, "promoted")
+    assert world.status.total_counts["canary"].n > 0
+
+
+def test_a_controller_reads_again_what_another_one_wrote(tmp_path: Path) -> None:
+    """Leading again after somebody else: no count is consumed twice, none is lost."""
+    world = World(tmp_path)
+    world.until(Phase.RAMPING)
+    controllers = [world.controller, world.new_controller("two")]
+    for i in range(24):
+        world.rollouts.release_lease("rollout-controller", world.controller.holder)
+        world.controller = controllers[i % 2]
+        world.step()
+    entries = world.traffic.read_ledger("support", world.spec.id, {})
+    consumed = [e for e in entries if e.seq <= world.status.cursor.get(e.replica, 0)]
+    assert world.status.total_counts["canary"].n == sum(e.counts.n for e in consumed if e.arm == "canary")
+    assert world.status.total_counts["stable"].n == sum(e.counts.n for e in consumed if e.arm == "stable")
+    assert len(consumed) > len(entries) / 2
+
+
+def test_a_rollout_that_is_not_due_is_not_touched(tmp_path: Path) -> None:
+    """Between two looks nothing is observed, decided or written for it; a command makes it due."""
+    world = World(tmp_path, demo_policy(look_s=50.0, no_data_deadline_s=600.0))
+    world.until(Phase.RAMPING)
+    version = world.stored.status_version
+    calls = len(world.deployer.calls)
+    for _ in range(10):
+        world.step()
+    assert (world.stored.status_version, len(world.deployer.calls)) == (version, calls)
+    world.ask("pause")
+    world.step()
+    assert world.status.phase is Phase.PAUSED
+
+
+def test_one_rollouts_conflict_does_not_cost_the_others_their_tick(tmp_path: Path) -> None:
+    """A look of two rollouts is one transaction; one of them was written by somebody else in between."""
+    world = World(tmp_path)
+    world.traffic.put_split(Split(route="other", version=1, salt="o", stable=TEACHER))
+    spec = make_spec(demo_policy(), "other", record(2), now=world.now)
+    world.rollouts.create(spec, initial(spec))
+    world.until(Phase.RAMPING)
+    while world.rollouts.get(spec.id).status.phase is not Phase.RAMPING:
+        world.step()
+    save = world.controller._rollouts.save_ticks
+
+    def raced(ticks: Sequence[Tick]) -> dict[str, ConflictError]:
+        for tick in ticks:
+            if tick.before.spec.id == world.spec.id:
+                world.rollouts.save_tick(Tick(world.stored, world.status))
+        return save(ticks)
+
+    world.controller._rollouts.save_ticks = raced  # type: ignore[method-assign]
+    before = world.rollouts.get(spec.id).status.ticks
+    for _ in range(4):
+        world.step()
+    assert world.rollouts.get(spec.id).status.ticks > before
+    world.controller._rollouts.save_ticks = save  # type: ignore[method-assign]
+    assert world.until(Phase.PROMOTED).phase is Phase.PROMOTED
+    assert replay(world.stored, world.rollouts.audit(world.spec.id)).exact

@@ -6,6 +6,7 @@ import pytest
 
 from contracts.config import parse_config
 from contracts.errors import ConfigError
+from contracts.hooks import HookSpec
 from contracts.metrics import MetricKind
 from serve.rollout.policy import RolloutPolicy, make_spec, student_upstream
 from serve.rollout.start import pick_policy
@@ -30,6 +31,11 @@ def test_the_defaults_are_a_valid_ramp() -> None:
         ({"metrics": [{"kind": "eror", "margin": 0.1}]}, "'errors', 'ttft', 'e2e', 'quality'"),
         ({"metrics": [{"kind": "ttft", "margin": 0.1}]}, "thresholds_s must be bucket edges"),
         ({"look_s": 60, "no_data_deadline_s": 90}, "no_data_deadline_s: must be at least 120 s"),
+        ({"windows": ["9 to 5"]}, "write 'Mon-Fri 09:00-17:00 Europe/Berlin'"),
+        ({"look_s": 60, "watch_s": 100}, "watch_s: must be 0 (off) or at least two looks, 120 s"),
+        ({"holdback": 0.6}, "less than or equal to 0.5"),
+        ({"srm": "shrug"}, "'hold', 'rollback' or 'ignore'"),
+        ({"cooldown_s": -1}, "greater than or equal to 0"),
         ({"look": 60}, "unknown key; known keys: alpha_harm"),
     ],
 )
@@ -42,9 +48,14 @@ def test_wrong_policies_are_refused_with_the_field_and_the_fix(wrong: dict[str, 
 
 def test_a_spec_carries_the_policy_and_the_model() -> None:
     """Every knob of the policy reaches the spec; the student gets an application of its own."""
-    policy = RolloutPolicy(alpha_harm=0.01, look_s=5.0, hold_final=True)
+    hook = HookSpec(on=("held",), url="http://h/")
+    policy = RolloutPolicy(
+        alpha_harm=0.01, look_s=5.0, hold_final=True, windows=("09:00-17:00",), hooks=(hook,), watch_s=60.0
+    )
     spec = make_spec(policy, "support", record(3), now=T0, by="ann")
     assert (spec.alpha_harm, spec.look_s, spec.hold_final, spec.steps) == (0.01, 5.0, True, policy.steps)
+    assert (spec.windows, spec.hooks, spec.watch_s) == (("09:00-17:00",), (hook,), 60.0)
+    assert all(getattr(spec, name) == getattr(policy, name) for name in RolloutPolicy.model_fields)
     assert (spec.model_ref, spec.digest, spec.artifact_uri) == ("student:3", "digest-3", "/models/student")
     assert (spec.candidate.app, spec.candidate.name) == ("student-v3", "student-v3")
     assert spec.id.startswith("support-19700112-134640-")

@@ -242,3 +242,94 @@ def test_the_password_of_a_store_is_in_no_error() -> None:
     with pytest.raises(StateError, match="is no database URL") as refused:
         open_state(f"//me:{secret}@host")
     assert secret not in "".join(traceback.format_exception(refused.value))
+
+
+def many(engine: Engine, n: int) -> tuple[RolloutState, list[StoredRollout]]:
+    """A store with n pending rollouts on n routes, each with a split."""
+    state, traffic = RolloutState(engine), TrafficState(engine)
+    for i in range(n):
+        spec = make_spec(RolloutPolicy(), f"r{i}", record(), now=T0 + i).model_copy(update={"id": f"x{i}"})
+        state.create(spec, initial(spec))
+        traffic.put_split(split(1).model_copy(update={"route": f"r{i}"}))
+    return state, state.active()
+
+
+def moved(before: StoredRollout, new_split: int | None = None) -> Tick:
+    """A tick that moves a rollout to warming, with an audit line, and a split where one is given."""
+    spec = before.spec
+    status = before.status.model_copy(update={"phase": Phase.WARMING, "ticks": 1})
+    line = audit(1).model_copy(update={"rollout_id": spec.id})
+    new = None if new_split is None else split(new_split).model_copy(update={"route": spec.route})
+    return Tick(before, status, [line], split=new)
+
+
+def test_many_ticks_are_one_transaction_and_a_conflict_costs_only_its_own(engine: Engine) -> None:
+    """Of four, one was advanced by somebody else and one lost its split's race: the other two are stored."""
+    state, before = many(engine, 4)
+    assert state.save_ticks([moved(one) for one in before[:1]]) == {}
+    lost = state.save_ticks([moved(before[0]), moved(before[1]), moved(before[2], 7), moved(before[3], 2)])
+    assert sorted(lost) == ["x0", "x2"]
+    assert "advanced by another controller" in str(lost["x0"])
+    assert "not at version 6" in str(lost["x2"])
+    assert state.active_versions() == {"x0": 2, "x1": 2, "x2": 1, "x3": 2}
+    assert [len(state.audit(f"x{i}")) for i in range(4)] == [1, 1, 0, 1]
+    assert {r: s.version for r, s in TrafficState(engine).splits().items()} == {
+        "r0": 1, "r1": 1, "r2": 1, "r3": 2,
+    }  # fmt: skip
+    assert state.get("x2").status.phase is Phase.PENDING
+
+
+def test_an_audit_line_is_written_once(engine: Engine) -> None:
+    """The same tick of the same rollout cannot be in the trail twice, whoever writes it."""
+    state, (before,) = many(engine, 1)
+    state.save_ticks([moved(before)])
+    again = moved(state.get("x0"))
+    assert sorted(state.save_ticks([again])) == ["x0"]
+    assert len(state.audit("x0")) == 1
+
+
+def test_the_latest_rollout_of_a_route(engine: Engine) -> None:
+    """By its begin; None for a route that never had one."""
+    state, _ = many(engine, 2)
+    spec = make_spec(RolloutPolicy(), "r0", record(2), now=T0 + 9).model_copy(update={"id": "newer"})
+    over = state.get("x0")
+    state.save_tick(Tick(over, over.status.model_copy(update={"phase": Phase.ABORTED})))
+    state.create(spec, initial(spec))
+    found = state.latest("r0")
+    assert found is not None
+    assert found.spec.id == "newer"
+    assert state.latest("nope") is None
+    assert [r.spec.id for r in state.get_many(["newer", "x1", "gone"])] == ["x1", "newer"]
+
+
+def test_the_ledger_is_read_beyond_a_cursor_for_each_writer(engine: Engine) -> None:
+    """Ends by writer, whatever else is in the ledger; only entries above the cursor, only of rollouts."""
+    traffic = TrafficState(engine)
+    assert traffic.ledger_ends() == {}
+    traffic.append_ledger([entry("a", 1), entry("a", 2), entry("b", 5), entry("c", 1, rollout=None)])
+    assert traffic.ledger_ends() == {"a": 2, "b": 5, "c": 1}
+    found = traffic.read_beyond({"a": 1, "b": 4, "c": 0})
+    assert [(e.replica, e.seq) for e in found] == [("a", 2), ("b", 5)]
+    assert traffic.read_beyond({}) == []
+
+
+def test_splits_are_read_by_version_and_by_name(engine: Engine) -> None:
+    """Versions are enough to see what changed; more routes than one statement takes are read in parts."""
+    traffic = TrafficState(engine)
+    traffic.put_split(split(1))
+    traffic.put_split(split(2, 0.1))
+    assert traffic.split_versions() == {"r": 2}
+    assert traffic.get_splits([f"x{i}" for i in range(1200)] + ["r"]) == {"r": split(2, 0.1)}
+
+
+def test_hosts_whose_clocks_differ_agree_on_who_leads(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a database server its own clock decides: an hour's difference takes no lease away."""
+    state = RolloutState(open_state(postgres_url))
+    assert state.acquire_lease("c", "one", 30.0)
+    real = time.time
+    for off in (3600.0, -3600.0):
+        monkeypatch.setattr("serve.state.rollouts.time.time", lambda off=off: real() + off)
+        assert not state.acquire_lease("c", "two", 30.0)
+        assert state.acquire_lease("c", "one", 30.0)

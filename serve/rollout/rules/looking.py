@@ -29,13 +29,17 @@ def look(d: Draft) -> None:
         if window.split_version == d.seen.split.version:
             step = plus(step, window)
     metrics = evidence.read(d.spec, metrics, d.seen.queries)
-    d.set(metrics=metrics, step_counts=step)
-    add_totals(d)
-    _sample_ratio(d)
     last = d.status.last_canary_at or d.seen.now
     # Time in which no controller was watching is not time without data.
     unwatched = max(0.0, d.seen.now - d.status.next_look_at - 2 * d.spec.look_s)
-    d.set(last_canary_at=d.seen.now if fresh else last + unwatched, next_look_at=d.seen.now + d.spec.look_s)
+    d.set(
+        metrics=metrics,
+        step_counts=step,
+        last_canary_at=d.seen.now if fresh else last + unwatched,
+        next_look_at=d.seen.now + d.spec.look_s,
+    )
+    add_totals(d)
+    _sample_ratio(d)
 
 
 def add_totals(d: Draft) -> None:
@@ -74,7 +78,7 @@ def _both(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 def harm_or_silence(d: Draft) -> bool:
     """Roll back on shown harm, on a missing canary, and on a skewed split where the policy says so."""
-    family = evidence.combine(d.spec, d.status.metrics)
+    family = d.family
     if family.harm:
         roll_back(d, sentences.harm(d.spec, family, d.status.total_counts), blame=True)
         return True

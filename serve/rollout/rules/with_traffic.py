@@ -11,7 +11,7 @@ from contracts.hooks import HookPoint
 from contracts.metrics import ArmCounts
 from contracts.rollout import Phase, SrmRule
 from contracts.traffic import Arm
-from serve.rollout import evidence, schedule, sentences
+from serve.rollout import schedule, sentences
 from serve.rollout.draft import Draft, end, enter_step, ours, promote, roll_back, said
 from serve.rollout.observation import Asked
 from serve.rollout.rules.confirming import confirmed, hear, waits_for
@@ -99,7 +99,7 @@ def _approve(d: Draft, command: Asked) -> None:
 def _gates(d: Draft) -> dict[str, str]:
     """What stands between this step and the next until a person approves, with its sentence."""
     spec, status, found = d.spec, d.status, {}
-    family = evidence.combine(spec, status.metrics)
+    family = d.family
     if status.srm is Verdict.FAIL and spec.srm is SrmRule.HOLD:
         found[f"srm:{status.step}"] = sentences.sample_ratio(spec, status)
     if family.objective_harm:
@@ -127,7 +127,7 @@ def _advance(d: Draft) -> None:
     elif not _last(d):
         _move(d, HookPoint.BEFORE_STEP, f"step {d.status.step + 2} of {len(d.spec.steps)}")
     elif d.spec.hold_final:
-        family = evidence.combine(d.spec, d.status.metrics)
+        family = d.family
         tests = sentences.promoted(d.spec, family, d.status.total_counts)
         d.go(Phase.HELD, f"A/B test holds its last step until a person decides; {tests}")
     else:
@@ -155,7 +155,7 @@ def _samples_and_dwell(d: Draft) -> str | None:
 
 def _weak(d: Draft) -> str | None:
     """What the weakest metric still lacks; None when every metric has this step's evidence."""
-    family, needed = evidence.combine(d.spec, d.status.metrics), step_evidence(d.spec, d.status.step)
+    family, needed = d.family, step_evidence(d.spec, d.status.step)
     weak = needed > 0 and family.weakest.log_noninferior < math.log(needed)
     if weak or (_last(d) and not family.noninferior):
         return sentences.weak(d.spec, family.weakest, d.status.total_counts, needed)
@@ -172,7 +172,7 @@ def _move(d: Draft, point: HookPoint, what: str) -> None:
     elif not confirmed(d, point, key):
         _hold(d, f"its evidence is there; {waits_for(d, what)}")
     else:
-        family = evidence.combine(d.spec, d.status.metrics)
+        family = d.family
         if point is HookPoint.BEFORE_PROMOTE:
             promote(d, sentences.promoted(d.spec, family, d.status.total_counts))
             return

@@ -102,7 +102,7 @@ def look(
     harm, noninferior = state.harm, state.noninferior
     n_b, n_c = (sum(n for _, n in arm) for arm in (b, c))
     if n_b > 0 and n_c > 0 and state.stable.n > 0:
-        record = _record(state)
+        record = record_of(state.stable, state.canary)
         harm = _gain(harm, b, c, n_c / n_b, _harm_bets(state.stable, record, n_c / n_b, tolerance))
         bets = _noninferior_bets(state.stable, record, n_c / n_b, margin)
         noninferior = _gain(noninferior, b, c, n_c / n_b, bets)
@@ -154,7 +154,10 @@ def remember(moments: Moments, scores: list[tuple[float, int]]) -> Moments:
 
 def log_wealth(scores: list[tuple[float, int]], bet: float, centre: float) -> float:
     """Log of prod (1 + bet (x - centre)) over a window's scores."""
-    return math.fsum(n * math.log1p(bet * (x - centre)) for x, n in scores)
+    total = 0.0
+    for x, n in scores:
+        total += n * math.log1p(bet * (x - centre))
+    return total
 
 
 def _gain(
@@ -170,16 +173,15 @@ def _gain(
     )
 
 
-def _record(state: State) -> Moments:
+def record_of(b: Moments, c: Moments) -> Moments:
     """The canary's moments, shrunk to the stable's: it is taken for equal until it shows otherwise."""
-    b, c = state.stable, state.canary
     share = _SHRINK / b.n
     return Moments(c.n + _SHRINK, c.total + share * b.total, c.squares + share * b.squares)
 
 
 def _harm_bets(stable: Moments, record: Moments, ratio: float, tolerance: float) -> _Bets:
     """Bets against the canary: λ < 0, |λ| < 1/(1-a) and λ_b < 1/b."""
-    a, b = _centres(stable, record, ratio, tolerance)
+    a, b = centres(stable, record, ratio, tolerance)
     limit = min(1.0 / (1.0 - a), 1.0 / (ratio * b))
     below = stable.mean - tolerance - record.mean
     adaptive = _agrapa(below, stable, record, ratio, a, b, limit)
@@ -188,14 +190,14 @@ def _harm_bets(stable: Moments, record: Moments, ratio: float, tolerance: float)
 
 def _noninferior_bets(stable: Moments, record: Moments, ratio: float, margin: float) -> _Bets:
     """Bets on the canary: λ > 0, λ < 1/a and λ_b < 1/(1-b)."""
-    a, b = _centres(stable, record, ratio, margin)
+    a, b = centres(stable, record, ratio, margin)
     limit = min(1.0 / max(a, _EDGE), 1.0 / (ratio * (1.0 - b)))
     above = max(record.mean - stable.mean + margin, margin / 2.0)
     shown, equal = (_agrapa(by, stable, record, ratio, a, b, limit) for by in (above, margin))
     return _Bets(a, b, (shown, equal, *(f * limit for f in FRACTIONS)))
 
 
-def _centres(stable: Moments, record: Moments, ratio: float, distance: float) -> tuple[float, float]:
+def centres(stable: Moments, record: Moments, ratio: float, distance: float) -> tuple[float, float]:
     """(a, b) on the boundary a = b - distance, nearest to both arms' means weighted by their sizes."""
     pooled = (stable.mean + ratio * (record.mean + distance)) / (1.0 + ratio)
     b = min(max(pooled, _EDGE), 1.0 - _EDGE)

@@ -7,7 +7,9 @@ times of the e-process begun there (Shiryaev-Roberts), whose expectation at any 
 E τ; hence E[looks to a false alarm] >= ARL, and P(alarm within T looks) <= T / ARL.
 
 Fed by what two_sample multiplies into its harm test, or by a rate against a fixed bound where no second arm
-is left. Does not know what is restored after an alarm.
+is left. Give it a two_sample state of its own with tolerance 0, since it watches for any change: with a
+quarter of a 2-point margin as tolerance, +2 points late take twice as long to be found (60 looks against 29
+in the median, 300 requests a look, 10 % canary). Does not know what is restored after an alarm.
 
 Source: Shin, Ramdas & Rinaldo, "E-detectors: a nonparametric framework for sequential change detection", New
 England Journal of Statistics in Data Science 2(2), 2024, arXiv 2203.03532 (e-CUSUM, mixtures of e-detectors).
