@@ -49,8 +49,8 @@ class CollectConfig(Section):
     drop_failed_grades: bool = False
     """Drop answers that an online grader scored 0. Off: the student learns the teacher, mistakes too."""
     corrections: bool = True
-    """A correction that a user sent as feedback takes the place of the logged answer. Turn it off where anybody
-    may send feedback: the student learns what is written there."""
+    """A correction that a user sent as feedback takes the place of the logged answer. Turn it off where
+    anybody may send feedback: the student learns what is written there."""
     drop_bad_feedback: bool = True
     """Drop answers that a user called bad without correcting them."""
     max_chars: int = Field(default=32_000, ge=1)
