@@ -77,7 +77,7 @@ class Judging:
     async def score(self, name: str, request: dict[str, Any], text: str) -> float | None:
         """A judge's score of one answer; None when it was not asked or said nothing readable."""
         judge = self.judges[name]
-        if not self._admit(name, 1, request, text):
+        if not await self._admit(name, 1, request, text):
             return None
         async with self._place(name):
             return await self._score(name, judge, request, text)
@@ -88,7 +88,7 @@ class Judging:
         """What a judge says of a pair: one call in an order drawn by the pair's id, or two scores."""
         judge = self.judges[name]
         both = judge.mode is Mode.PAIRWISE
-        if not self._admit(name, 1 if both else 2, request, canary, reference):
+        if not await self._admit(name, 1 if both else 2, request, canary, reference):
             return None
         async with self._place(name):
             if both:
@@ -110,27 +110,30 @@ class Judging:
     ) -> Preference | None:
         order = canary_first(self.names[name], pair_id)
         first, second = (canary, reference) if order else (reference, canary)
-        reply = await self._ask(name, judge, pair_prompt(judge, request, first, second))
+        body = await asyncio.to_thread(pair_prompt, judge, request, first, second)
+        reply = await self._ask(name, judge, body)
         value = None if reply is None else parse_verdict(reply, order)
         self._told(name, reply, value)
         return None if value is None else Preference(value, order)
 
     async def _score(self, name: str, judge: JudgeGrader, request: dict[str, Any], text: str) -> float | None:
-        reply = await self._ask(name, judge, score_prompt(judge, request, text))
+        reply = await self._ask(name, judge, await asyncio.to_thread(score_prompt, judge, request, text))
         value = None if reply is None else parse_score(reply)
         self._told(name, reply, value)
         return value
 
-    def _admit(self, name: str, calls: int, request: dict[str, Any], *texts: str) -> bool:
+    async def _admit(self, name: str, calls: int, request: dict[str, Any], *texts: str) -> bool:
         judge, budget = self.judges[name], self._budgets[name]
         reason = budget.refusal(judge, calls, time.monotonic())
-        if reason is None and max(map(len, (conversation(request), *texts))) > judge.max_chars:
+        if reason is None:
+            budget.used += calls
+            # In a thread, as the prompts are: a request of megabytes must not hold up the event loop.
+            if await asyncio.to_thread(_longest, request, texts) <= judge.max_chars:
+                return True
+            budget.used -= calls
             reason = "too_long"
-        if reason is not None:
-            self._metrics.judge_dropped.labels(self.names[name], reason).inc()
-            return False
-        budget.used += calls
-        return True
+        self._metrics.judge_dropped.labels(self.names[name], reason).inc()
+        return False
 
     @asynccontextmanager
     async def _place(self, name: str) -> AsyncIterator[None]:
@@ -156,3 +159,8 @@ class Judging:
     def _told(self, name: str, reply: str | None, value: float | None) -> None:
         result = "failed" if reply is None else "ok" if value is not None else "unparsed"
         self._metrics.judge_calls.labels(self.names[name], result).inc()
+
+
+def _longest(request: dict[str, Any], texts: tuple[str, ...]) -> int:
+    """Characters of the longest of the conversation and the answers."""
+    return max(map(len, (conversation(request), *texts)))
