@@ -24,7 +24,7 @@ SCORE_STEPS = 20
 SCORE_VALUES: tuple[float, ...] = tuple(i / SCORE_STEPS for i in range(SCORE_STEPS + 1))
 
 GRADE = "grade"
-"""Name under which the verdicts of the router's own grader are counted."""
+"""The grader that metrics mean when they name none."""
 FEEDBACK = "feedback"
 """Name under which users' judgements are counted."""
 

@@ -88,6 +88,8 @@ class RolloutSpec(Record):
     digest: str | None = None
     steps: tuple[Step, ...]
     metrics: tuple[MetricSpec, ...]
+    mirror: float = Field(default=0.0, ge=0, le=1)
+    """Share of the stable arm's conversations that the canary is asked too, while it has a step."""
     alpha_harm: float = Field(default=0.05, gt=0, lt=1)
     alpha_promote: float = Field(default=0.05, gt=0, lt=1)
     look_s: float = Field(default=60.0, gt=0)

@@ -82,6 +82,9 @@ class Split(Record):
     stable: Upstream
     canary: Upstream | None = None
     weight: float = Field(default=0.0, ge=0.0, le=1.0)
+    mirror: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the stable arm's conversations whose requests the canary is asked too, as a shadow, so that
+    both answers can be compared. `weight` may be 0 meanwhile."""
     rollout_id: str | None = None
     """The rollout whose evidence this split collects; None outside a rollout."""
     window: str | None = None
@@ -89,8 +92,8 @@ class Split(Record):
 
     @model_validator(mode="after")
     def _weight_needs_canary(self) -> Split:
-        if self.weight > 0 and self.canary is None:
-            raise ValueError("weight > 0 needs a canary")
+        if (self.weight > 0 or self.mirror > 0) and self.canary is None:
+            raise ValueError(f"{'weight' if self.weight > 0 else 'mirror'} > 0 needs a canary")
         return self
 
 
@@ -201,8 +204,8 @@ class RequestRow(Record):
     e2e_s: float
     overhead_s: float
     """Time spent inside the router before the upstream was asked."""
-    grade: bool | None = None
-    """The grader's verdict on the answer, None when it could not be graded."""
+    scores: dict[str, float] = Field(default_factory=dict)
+    """Grader → its score of the answer in [0, 1]; a grader that abstained or failed is not in it."""
     log_mode: LogMode = LogMode.FULL
     """How much of the texts below is kept."""
     subjects: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from contracts.metrics import GRADE
 from demo import plots
 from serve.state.rollouts import AuditEntry, RolloutState
 from serve.state.tables import open_state
@@ -136,7 +137,7 @@ def _evidence(audit: list[AuditEntry]) -> plots.Evidence:
 
 def _quality(rows: list[dict[str, Any]], began: float) -> dict[str, list[tuple[float, float, float]]]:
     """Share of right answers in bins of equal time, with the half width of its normal 95 % interval."""
-    graded = [r for r in rows if r["grade"] is not None]
+    graded = [r for r in rows if GRADE in r["scores"]]
     if not graded:
         return {"stable": [], "canary": []}
     last = max(r["ts"] for r in graded) - began
@@ -145,7 +146,7 @@ def _quality(rows: list[dict[str, Any]], began: float) -> dict[str, list[tuple[f
     for arm, found in points.items():
         for i in range(QUALITY_BINS):
             low, high = began + i * width, began + (i + 1) * width
-            grades = [r["grade"] for r in graded if r["arm"] == arm and low <= r["ts"] < high]
+            grades = [r["scores"][GRADE] for r in graded if r["arm"] == arm and low <= r["ts"] < high]
             if grades:
                 share = sum(grades) / len(grades)
                 half = 1.96 * math.sqrt(max(share * (1 - share), 1e-4) / len(grades))

@@ -47,7 +47,7 @@ class CollectConfig(Section):
     require_json: bool = False
     """Keep only answers that parse as JSON."""
     drop_failed_grades: bool = False
-    """Drop answers that the online grader failed. Off: the student learns the teacher, mistakes included."""
+    """Drop answers that an online grader scored 0. Off: the student learns the teacher, mistakes too."""
     corrections: bool = True
     """A correction that a user sent as feedback takes the place of the logged answer. Turn it off where
     anybody may send feedback: the student learns what is written there."""

@@ -36,6 +36,7 @@ class ControllerReplica:
         from serve.rollout.aliases import promoted_hook, restored_hook, rolled_back_hook
         from serve.rollout.controller import Controller
         from serve.rollout.metrics import ControllerMetrics
+        from serve.rollout.queries import QueryReader
 
         logging.getLogger("serve.rollout").setLevel(logging.INFO)
         parsed = ServeConfig.model_validate(config)
@@ -49,6 +50,7 @@ class ControllerReplica:
             on_rolled_back=rolled_back_hook(registry),
             on_restored=restored_hook(registry),
             metrics=ControllerMetrics(),
+            queries=None if parsed.prometheus is None else QueryReader(parsed.prometheus),
         )
         self._thread = threading.Thread(
             target=self._controller.run_forever, args=(self._stop,), name="controller", daemon=True
@@ -119,7 +121,7 @@ def write_routes(config: ServeConfig, traffic: TrafficState, reset: bool = False
             continue
         after = before.model_copy(update=_changed(before, declared))
         if reset:
-            cleared = {"canary": None, "weight": 0.0, "rollout_id": None, "window": None}
+            cleared = {"canary": None, "weight": 0.0, "mirror": 0.0, "rollout_id": None, "window": None}
             after = before.model_copy(update={"stable": declared[upstream], **cleared})
         if after != before:
             traffic.put_split(after.model_copy(update={"version": before.version + 1}))

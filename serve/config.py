@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from contracts.config import StrictConfig, load_config
 from contracts.errors import ConfigError
+from contracts.grading import GraderSet, PrometheusConfig
 from contracts.routes import RouteFields, RouteSettings, Shadow, ShadowFields
 from contracts.traffic import NAME, Upstream
 from serve.engine.config import EngineOptions
@@ -139,15 +140,15 @@ class RouterSection(RouterConfig):
     num_cpus: float = Field(default=0.1, ge=0)
     """What Ray reserves for each."""
 
-    @field_validator("state_url")
+    @field_validator("state_url", "graders", "upstreams")
     @classmethod
-    def _not_here(cls, value: str) -> str:
+    def _not_here(cls, value: Any, info: ValidationInfo) -> Any:
         if value:
-            raise ValueError("set state_url at the top level of the file; the router uses that one")
+            raise ValueError(f"set {info.field_name} at the top level of the file; the router uses that one")
         return value
 
 
-class ServeConfig(StrictConfig):
+class ServeConfig(GraderSet):
     """Everything `stillhouse up` needs."""
 
     run_dir: Path = Path("runs/stack")
@@ -165,6 +166,8 @@ class ServeConfig(StrictConfig):
     """Upstream name → what it is. Usually at least the teacher."""
     routes: dict[str, RouteSection]
     """Route (the model name clients ask for) → the upstream that answers before any rollout, and settings."""
+    prometheus: PrometheusConfig | None = None
+    """Where metrics of kind `query` are asked; None: a policy cannot have any."""
     policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
     """Rollout policies by name; 'default' is used when none is named."""
     students: StudentsSection = StudentsSection()
@@ -193,6 +196,13 @@ class ServeConfig(StrictConfig):
                 if upstream not in self.upstreams:
                     known = ", ".join(sorted(self.upstreams))
                     raise ValueError(f"routes.{route}: there is no upstream {upstream!r}; there are: {known}")
+        for upstream, field in self.upstreams_named().items():
+            if upstream not in self.upstreams:
+                known = ", ".join(sorted(self.upstreams))
+                raise ValueError(f"{field}: there is no upstream {upstream!r}; there are: {known}")
+        for name, grader in self.graders.items():
+            if missing := sorted(set(grader.routes) - set(self.routes)):
+                raise ValueError(f"graders.{name}.routes: there is no route {missing[0]!r}")
         return self
 
     def route_settings(self, route: str) -> RouteSettings | None:
@@ -238,6 +248,8 @@ class ServeConfig(StrictConfig):
         fields = {name: getattr(self.router, name) for name in RouterConfig.model_fields}
         fields["state_url"] = self.state_url
         fields["routes"] = self.router.routes or tuple(self.routes)
+        fields["graders"] = self.graders
+        fields["upstreams"] = {name: self.upstream(name) for name in self.upstreams_named()}
         fields["log"] = self.router.log or RequestLogConfig(dir=str(self.run_dir / "requests"))
         return RouterConfig(**fields)
 

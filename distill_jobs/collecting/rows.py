@@ -129,7 +129,7 @@ def _bad_answer(row: RequestRow, config: dict[str, Any]) -> str | None:
         return "not_ok"
     if row.finish_reason != "stop":
         return "not_finished"
-    if config["drop_failed_grades"] and row.grade is False and answer_of(row):
+    if config["drop_failed_grades"] and 0.0 in row.scores.values() and answer_of(row):
         return "failed_grade"
     return _bad_text(answer_of(row), config)
 

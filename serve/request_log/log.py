@@ -12,10 +12,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from contracts.traffic import LogMode, Outcome, RequestRow
+from serve.grading.graders import NamedGrader
+from serve.grading.sampling import sampled
 from serve.request_log.detectors import BUILT_IN
 from serve.request_log.policy import metadata_only
 from serve.request_log.redact import Redactor
@@ -23,8 +25,6 @@ from serve.request_log.segments import SegmentWriter
 
 _log = logging.getLogger("stillhouse.request_log")
 _PAUSE_S = 0.05
-
-Grader = Callable[[dict[str, Any], str], bool | None]
 
 
 class Draft(Protocol):
@@ -42,12 +42,16 @@ class Draft(Protocol):
 class LogHooks(Protocol):
     """What the owner of a log wants to know; called from the log's threads."""
 
-    def graded(self, draft: Any, passed: bool) -> None:
-        """An answer got a verdict."""
+    def graded(self, draft: Any, grader: str, score: float) -> None:
+        """An answer got a score from a grader."""
         ...
 
-    def ungraded(self, reason: str) -> None:
+    def ungraded(self, grader: str, reason: str) -> None:
         """An answer got none: 'abstained', 'error' or 'skipped'."""
+        ...
+
+    def answered(self, draft: Any, row: RequestRow) -> None:
+        """A row with an answer's whole text was built; only where `wants_answers`."""
         ...
 
     def written(self, rows: int) -> None:
@@ -71,13 +75,16 @@ class RequestLog:
         writer: SegmentWriter,
         hooks: LogHooks,
         queue_rows: int,
-        grader: Grader | None = None,
+        graders: Sequence[NamedGrader] = (),
         redactor: Redactor | None = None,
+        wants_answers: bool = False,
     ) -> None:
+        """`wants_answers`: the hooks are shown every answer, whatever is logged of it."""
         self._writer = writer
         self._hooks = hooks
         self._bound = queue_rows
-        self._grader = grader
+        self._graders = graders
+        self._wants_answers = wants_answers
         self._redactor = redactor or Redactor(tuple(BUILT_IN.values()))
         self._drafts: deque[Draft] = deque()
         self._lines: deque[bytes] = deque()
@@ -131,11 +138,13 @@ class RequestLog:
     def _build(self, draft: Draft) -> None:
         try:
             mode = draft.log_mode()
-            if mode is LogMode.OFF and self._grader is None:
+            if mode is LogMode.OFF and not self._graders and not self._wants_answers:
                 return
             row = draft.build()
-            if self._grader is not None:
-                row = self._graded(draft, row, self._grader)
+            if row.outcome is Outcome.OK and row.response_text is not None:
+                row = self._graded(draft, row, row.response_text)
+                if self._wants_answers:
+                    self._hooks.answered(draft, row)
             if mode is not LogMode.OFF:
                 self._lines.append(self._kept(row, mode).model_dump_json().encode() + b"\n")
         except Exception as err:  # noqa: BLE001 reason: one odd row must not end the log; it is counted
@@ -154,23 +163,30 @@ class RequestLog:
                 self._complain("a row could not be redacted: %s", _without_values(err))
         return metadata_only(row)
 
-    def _graded(self, draft: Draft, row: RequestRow, grader: Grader) -> RequestRow:
-        if row.outcome is not Outcome.OK or row.response_text is None:
-            return row
+    def _graded(self, draft: Draft, row: RequestRow, text: str) -> RequestRow:
+        scores = {}
+        for grader in self._graders:
+            if not grader.spec.grades(row.route) or not sampled(grader.name, grader.spec, row.request_id):
+                continue
+            score = self._score(grader, row, text)
+            if score is not None:
+                scores[grader.name] = score
+                self._hooks.graded(draft, grader.name, score)
+        return row.model_copy(update={"scores": scores}) if scores else row
+
+    def _score(self, grader: NamedGrader, row: RequestRow, text: str) -> float | None:
         if len(self._drafts) > self._bound // 2:
-            self._hooks.ungraded("skipped")  # a grader that cannot keep up must not cost log rows
-            return row
+            self._hooks.ungraded(grader.name, "skipped")  # a slow grader must not cost log rows
+            return None
         try:
-            verdict = grader(row.request, row.response_text)
+            score = grader.score(row.request, text)
         except Exception as err:  # noqa: BLE001 reason: a grader is the user's code; counted and told
-            self._hooks.ungraded("error")
-            self._complain("the grader failed: %s", _without_values(err))
-            return row
-        if verdict is None:
-            self._hooks.ungraded("abstained")
-            return row
-        self._hooks.graded(draft, bool(verdict))
-        return row.model_copy(update={"grade": bool(verdict)})
+            self._hooks.ungraded(grader.name, "error")
+            self._complain(f"grader {grader.name} failed: %s", _without_values(err))
+            return None
+        if score is None:
+            self._hooks.ungraded(grader.name, "abstained")
+        return score
 
     # writing ---------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Segments of JSON lines: appended whole, synced every second, closed by an atomic rename.
 
 `requests-<utc>-<replica>.open.jsonl` is being written, `requests-<utc>-<replica>.jsonl` is final: only an
-erasure rewrites it, whole. `feedback-…` segments lie beside them. A process killed in between leaves an open
-segment that `recover` trims and closes. Knows nothing about what a line holds.
+erasure rewrites it, whole. `feedback-…` and `scores-…` segments lie beside them. A process killed in between
+leaves an open segment that `recover` trims and closes. Knows nothing about what a line holds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from contracts.errors import DataError
 
 _log = logging.getLogger("stillhouse.request_log")
 _OPEN = ".open.jsonl"
-_OWNER = re.compile(r"^(?:requests|feedback)-[^-]+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+\.open\.jsonl$")
-_NAME = re.compile(r"^(?:requests|feedback)-(?P<stamp>\d{8}T\d{6}\.\d+Z)-.+\.jsonl$")
+_OWNER = re.compile(r"^(?:requests|feedback|scores)-[^-]+-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]+\.open\.jsonl$")
+_NAME = re.compile(r"^(?:requests|feedback|scores)-(?P<stamp>\d{8}T\d{6}\.\d+Z)-.+\.jsonl$")
 _STAMP = "%Y%m%dT%H%M%S.%fZ"
 _SYNC_S = 1.0
 
@@ -128,7 +128,9 @@ def recover(folder: Path, host: str) -> list[Path]:
 def open_segments(folder: Path) -> list[Path]:
     """Segments that are being written, or were left by a process that died."""
     return sorted(
-        path for path in folder.glob(f"*{_OPEN}") if path.name.startswith(("requests-", "feedback-"))
+        path
+        for path in folder.glob(f"*{_OPEN}")
+        if path.name.startswith(("requests-", "feedback-", "scores-"))
     )
 
 

@@ -71,7 +71,7 @@ class Target(Record):
         return f"{self.kind.value}:{self.key}"
 
     def about(self, line: bytes) -> bool:
-        """True when a row (of requests or of feedback) is the target's.
+        """True when a row (of requests, feedback or scores) is the target's.
 
         A line that names the target and cannot be read is the target's too: better one damaged row less.
         """
@@ -87,7 +87,7 @@ class Target(Record):
 
     def _named_by(self, row: dict[str, Any]) -> bool:
         if self.kind is TargetKind.REQUEST:
-            return row.get("request_id") == self.key
+            return self.key in (row.get("request_id"), row.get("pair_id"))  # its copies hold its text too
         unit = (row.get("unit_kind"), row.get("unit_hash"))
         if any(unit == (kind.value, self.key) for kind, owner in _UNIT_KINDS.items() if owner is self.kind):
             return True

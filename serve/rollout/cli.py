@@ -54,7 +54,10 @@ def start(
         typer.Option("--ab", help="An A/B test instead of a ramp: this share, until a person decides."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Do not wait for the cooldown after a rollback.")
+        bool,
+        typer.Option(
+            "--force", help="Do not wait for the cooldown after a rollback, nor for a judge's check."
+        ),
     ] = False,
     force_quarantined: Annotated[
         bool, typer.Option("--force-quarantined", help="Try a model again that was thrown back before.")
@@ -75,6 +78,7 @@ def start(
         reason=reason,
         force=force,
         force_quarantined=force_quarantined,
+        sources=stack.sources,
     )
     steps = " → ".join(f"{100 * s.weight:g}" for s in spec.steps)
     console.print(f"Rollout [bold]{spec.id}[/] of {spec.model_ref} on route {route} accepted.")

@@ -13,6 +13,8 @@ from pathlib import Path
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
 from serve.rollout.report.price import Price
+from serve.rollout.sources import Sources
+from serve.state.judges import JudgeState
 from serve.state.outbox import OutboxState
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
@@ -36,6 +38,8 @@ class StackHandle:
     prices: dict[str, Price] = field(default_factory=dict)
     """Upstream → what it costs, as far as the configuration says."""
     student_price: Price | None = None
+    sources: Sources | None = None
+    """What the configuration says of graders, judges and Prometheus; None: metrics are taken as they are."""
 
 
 def open_stack(config_path: str | None) -> StackHandle:
@@ -53,6 +57,12 @@ def open_stack(config_path: str | None) -> StackHandle:
         return MlflowRegistry(config.registry_uri)
 
     log = config.router_config().log
+    sources = Sources(
+        graders=config.graders,
+        upstreams={upstream.name: upstream for upstream in config.upstream_nouns()},
+        prometheus=config.prometheus,
+        latest_check=JudgeState(engine).latest,
+    )
     return StackHandle(
         RolloutState(engine),
         TrafficState(engine),
@@ -63,4 +73,5 @@ def open_stack(config_path: str | None) -> StackHandle:
         reports=config.run_dir / "reports",
         prices={name: u.cost for name, u in config.upstreams.items() if u.cost is not None},
         student_price=config.students.cost,
+        sources=sources,
     )

@@ -32,6 +32,7 @@ from serve.rollout.metrics import ControllerMetrics
 from serve.rollout.notices import notices
 from serve.rollout.observation import Action, Decision, Observation
 from serve.rollout.observe import Observer, loser_of
+from serve.rollout.queries import QueryReader
 from serve.rollout.replay import audit_entries, canonical
 from serve.state.rollouts import CONTROLLER_LEASE, RolloutState, StoredRollout, Tick
 from serve.state.traffic import TrafficState
@@ -57,6 +58,7 @@ class Controller:
         router_max_age_s: a router replica that has not reported for this long is not waited for.
         clock: wall clock in Unix seconds.
         confirmer, courier: who asks and who tells webhooks; None makes the real ones.
+        queries: who asks the external Prometheus; None: metrics of kind `query` have no data.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Controller:
         clock: Callable[[], float] = time.time,
         confirmer: Confirmer | None = None,
         courier: Courier | None = None,
+        queries: QueryReader | None = None,
     ) -> None:
         self._rollouts, self._traffic = RolloutState(engine), TrafficState(engine)
         self._deployer = deployer
@@ -90,7 +93,7 @@ class Controller:
         self._confirmer = confirmer or Confirmer()
         self._courier = courier or Courier(engine, leading=self.leading)
         self._observer = Observer(
-            self._rollouts, self._traffic, deployer, self._confirmer, clock, router_max_age_s
+            self._rollouts, self._traffic, deployer, self._confirmer, clock, router_max_age_s, queries
         )
 
     def run_forever(self, stop: threading.Event) -> None:

@@ -157,7 +157,8 @@ def _drain_afresh(d: Draft) -> dict[str, Any]:
 def _split(d: Draft, **values: Any) -> None:
     """Write the stored split with changes, one version up."""
     assert d.seen.split is not None
-    d.split = Split(**{**dict(d.seen.split), "version": d.seen.split.version + 1, **values})
+    mirror = 0.0 if values["canary"] is None else d.spec.mirror
+    d.split = Split(**{**dict(d.seen.split), "version": d.seen.split.version + 1, "mirror": mirror, **values})
 
 
 def said(command: Asked, what: str) -> str:

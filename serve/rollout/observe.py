@@ -14,6 +14,7 @@ from contracts.traffic import Split, Upstream
 from serve.rollout.confirmer import Confirmer
 from serve.rollout.deployer import Deployer
 from serve.rollout.observation import Asked, Observation
+from serve.rollout.queries import CURSOR, QueryReader, nobody_to_ask
 from serve.rollout.rules.confirming import may_start
 from serve.rollout.rules.looking import kill_switch
 from serve.rollout.rules.with_traffic import WITH_TRAFFIC
@@ -39,9 +40,11 @@ class Observer:
         confirmer: Confirmer,
         clock: Callable[[], float],
         router_max_age_s: float,
+        queries: QueryReader | None = None,
     ) -> None:
         self._rollouts, self._traffic, self._deployer = rollouts, traffic, deployer
         self._confirmer, self._clock, self._router_max_age_s = confirmer, clock, router_max_age_s
+        self._queries = queries
         self._tail = LedgerTail(traffic)
         self._stored: dict[str, StoredRollout] = {}
         self._splits: dict[str, Split] = {}
@@ -104,6 +107,7 @@ class Observer:
             seen = self._with_ledger(stored, seen)
             if status.phase in _DRAINING:
                 return seen if backing_off else self._draining(stored, seen)
+            seen = self._with_queries(stored, seen)
             return seen if status.phase is Phase.PAUSED else self._with_answers(stored, seen)
         except EngineError as err:
             return seen.model_copy(update={"engine_error": str(err)})
@@ -159,7 +163,19 @@ class Observer:
 
     def _with_ledger(self, stored: StoredRollout, seen: Observation) -> Observation:
         unread = self._tail.of(stored.spec, stored.status)
-        return seen.model_copy(update={"windows": unread.ordered(), "cursor": dict(unread.cursor)})
+        cursor = {replica: seq for replica, seq in unread.cursor.items() if replica != CURSOR}
+        return seen.model_copy(update={"windows": unread.ordered(), "cursor": cursor})
+
+    def _with_queries(self, stored: StoredRollout, seen: Observation) -> Observation:
+        """What Prometheus says, asked only when this tick is a look."""
+        spec, status, split = stored.spec, stored.status, seen.split
+        due = status.phase in WITH_TRAFFIC and seen.now >= status.next_look_at
+        if not due or split is None or split.rollout_id != spec.id:
+            return seen
+        if self._queries is None:
+            return seen.model_copy(update={"queries": nobody_to_ask(spec)})
+        readings, cursor = self._queries.read(spec, status, split, seen.now)
+        return seen.model_copy(update={"queries": readings, "cursor": {**seen.cursor, **cursor}})
 
     def _draining(self, stored: StoredRollout, seen: Observation) -> Observation:
         loser, route = loser_of(stored), stored.spec.route

@@ -44,6 +44,8 @@ class RolloutPolicy(StrictConfig):
     """The ramp: rising weights below 1, each with the canary requests and the time it takes at least."""
     metrics: tuple[MetricSpec, ...] = DEFAULT_METRICS
     """Guardrails; every one must be shown non-inferior. 'quality' needs a grader on the route."""
+    mirror: float = Field(default=0.0, ge=0, le=1)
+    """Share of the stable arm's conversations that the canary is asked too, for metrics of kind 'pairs'."""
     alpha_harm: float = Field(default=0.05, gt=0, lt=1)
     """Chance at most that a harmless student is rolled back by the tests."""
     alpha_promote: float = Field(default=0.05, gt=0, lt=1)

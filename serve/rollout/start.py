@@ -18,6 +18,7 @@ from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial
 from serve.rollout.notices import started
 from serve.rollout.policy import BUILT_IN, RolloutPolicy, make_spec
+from serve.rollout.sources import Sources
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.traffic import TrafficState
 
@@ -34,12 +35,15 @@ def start_rollout(
     reason: str = "",
     force: bool = False,
     force_quarantined: bool = False,
+    sources: Sources | None = None,
 ) -> RolloutSpec:
     """Check that the model may be tried on the route, and hand the rollout to the controller.
 
     Raises:
         NotFoundError: the route or the model does not exist.
-        GateError: the model's offline gates did not pass and nobody overrode them at its publication.
+        ConfigError: a metric's grader or query can have no data on the route.
+        GateError: the model's offline gates did not pass and nobody overrode them at its publication, or a
+            judge that decides was not checked against people (`force` goes over that).
         ConflictError: the digest is quarantined or serves the route already, a rollout is active there, or
             one was thrown back a moment ago (`force` does not wait).
     """
@@ -60,6 +64,8 @@ def start_rollout(
     _check_free(rollouts, route)
     if not force:
         _check_cooldown(rollouts, route, time.time())
+    if sources is not None:
+        policy, reason = sources.prepare(policy, split, reason, force)
     folder = registry.download(record.ref)
     record = record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
     who = (by or getpass.getuser()) + (f" ({reason})" if reason else "")

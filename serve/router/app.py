@@ -16,30 +16,36 @@ from typing import Any, cast
 
 from contracts.errors import ConfigError
 from contracts.keys import ApiKey
-from contracts.plugins import load_function
+from serve.grading.graders import single_graders
+from serve.grading.judge import evidence_names
 from serve.request_log import Keeper, RequestLog, SegmentWriter, recover
 from serve.request_log.detectors import BUILT_IN, load_detectors
 from serve.request_log.erase import settle
 from serve.request_log.redact import Redactor
 from serve.request_log.remote import Remote
 from serve.router.accounts import Accounts
+from serve.router.answers import AnswerJudging
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused, error_body, error_for
 from serve.router.feedback import FeedbackDesk
 from serve.router.guard import Receive
 from serve.router.intake import Intake
+from serve.router.judge_client import JudgeClient
+from serve.router.judging import Judging
 from serve.router.keys import KeyTable, in_scope
 from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
 from serve.router.names import host_name, replica_name
 from serve.router.openapi import FEEDBACK, ROUTED, document
+from serve.router.pairs import PairGrading
 from serve.router.pool import Pools
 from serve.router.proxy import Proxy
 from serve.router.readiness import Readiness
 from serve.router.relay import Send
 from serve.router.replies import send_bytes, send_json
+from serve.router.scores import Scores
 from serve.router.served import ServedIds
 from serve.router.sync import StateSync
 from serve.router.table import RouteTable
@@ -64,7 +70,8 @@ class RouterApp:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.replica = replica_name()
-        self._grader = load_function(config.grader, "router.grader") if config.grader is not None else None
+        self._graders = single_graders(config.graders)
+        self._judge_names = evidence_names(config.judges(), config.upstreams)
         self._redactor = Redactor(load_detectors(config.log.detectors if config.log else BUILT_IN))
         self._keeper: Keeper | None = None
         self._desk: FeedbackDesk | None = None
@@ -166,11 +173,19 @@ class RouterApp:
         # The log's threads share the interpreter with the event loop; let it have it back quickly.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         config = self.config
-        self._metrics = Metrics()
+        self._metrics = Metrics([self._judge_names.get(name, name) for name in config.graders])
         self._table = RouteTable(self._metrics)
         self._pools = Pools(config)
         self._client = HttpClient(config.timeouts.connect_s)
         self._ledger = Ledger(self.replica)
+        judging = Judging(
+            config.judges(),
+            self._judge_names,
+            JudgeClient(self._client, self._pools, config.upstreams),
+            self._metrics,
+        )
+        self._scores = self._open_scores()
+        self._answers = AnswerJudging(judging, self._scores)
         self._request_log = await self._open_log()
         self._tracer = self._start_tracer()
         self._keys = KeyTable(config.keys, self._metrics)
@@ -192,7 +207,10 @@ class RouterApp:
             self._table, self._metrics, self._ledger, self._keys, served, self._request_log, self._tracer
         )
         intake = Intake(config, self._table, self._keys, self._tracer)
-        self._proxy = Proxy(config, intake, self._table, self._pools, self._client, self._metrics, accounts)
+        pairs = PairGrading(config, judging, self._scores, self._metrics) if config.graders else None
+        self._proxy = Proxy(
+            config, intake, self._table, self._pools, self._client, self._metrics, accounts, pairs
+        )
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 
     def listens(self, address: str) -> None:
@@ -211,6 +229,8 @@ class RouterApp:
         await self._proxy.shadows.close()
         if self._request_log is not None and not await asyncio.to_thread(self._request_log.close):
             _log.error("router %s leaves with %d log rows unwritten", self.replica, len(self._request_log))
+        await self._answers.close()
+        await self._scores.stop()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.stop)
         await self._sync.stop()  # after the log: the last grades are evidence too
@@ -237,13 +257,25 @@ class RouterApp:
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
         await asyncio.to_thread(recover, folder, host_name())
         writer = SegmentWriter(folder, self.replica, log.rotate_bytes, log.rotate_s, settle=settle)
-        hooks = Verdicts(self._metrics, self._ledger)
-        request_log = RequestLog(writer, hooks, log.queue_rows, self._grader, self._redactor)
+        hooks = Verdicts(self._metrics, self._ledger, self._answers.answered)
+        request_log = RequestLog(
+            writer, hooks, log.queue_rows, self._graders, self._redactor, self._answers.wants_answers
+        )
         request_log.start()
         remote = Remote(log.upload) if log.upload is not None else None
         self._keeper = Keeper(folder, remote, log.keep_local, log.retention_days, hooks.uploaded)
         self._keeper.start()
         return request_log
+
+    def _open_scores(self) -> Scores:
+        log, lines = self.config.log, None
+        if log is not None and self.config.graders:
+            lines = SegmentWriter(
+                Path(log.dir), self.replica, log.rotate_bytes, log.rotate_s, "scores", settle
+            )
+        scores = Scores(self._metrics, self._ledger, lines)
+        scores.start()
+        return scores
 
     async def _open_desk(self) -> ServedIds | None:
         if not self.config.feedback:
@@ -255,7 +287,7 @@ class RouterApp:
             )
         served = ServedIds(self.config.served_queue, self._metrics)
         self._desk = FeedbackDesk(
-            self.config, self._table, self._keys, self._metrics, served, self._redactor, lines
+            self.config, self._table, self._keys, self._metrics, served, self._ledger, self._redactor, lines
         )
         await self._desk.start()
         return served

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from contracts.config import StrictConfig
+from contracts.grading import GraderSet
+from contracts.traffic import Upstream
 from serve.request_log.detectors import BUILT_IN
 
 _DETECTOR = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -70,7 +72,7 @@ class TracingConfig(StrictConfig):
     """Share of the traces begun here; a client's own trace is exported if the client samples it."""
 
 
-class RouterConfig(StrictConfig):
+class RouterConfig(GraderSet):
     """Everything one router process needs; all replicas of a router share it."""
 
     state_url: str
@@ -78,9 +80,13 @@ class RouterConfig(StrictConfig):
     routes: tuple[str, ...] = ()
     """Routes that must be there before the router is ready; empty: at least one route of any name."""
     log: RequestLogConfig | None = None
-    """None: no request log (the grader then does not run either)."""
-    grader: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    """'module:function', called off the hot path as (request, response_text) -> bool | None."""
+    """None: no request log; graders need one, because they run in its threads."""
+    upstreams: dict[str, Upstream] = Field(default_factory=dict)
+    """The upstreams that graders name: judges, and what pairs are compared with."""
+    mirror_in_flight: int = Field(default=16, ge=1)
+    """Mirrored requests running at once; further ones are dropped and counted."""
+    mirror_per_hour: int | None = Field(default=None, ge=1)
+    """Most mirrored requests an hour and router process; None: no bound but the split's share."""
     feedback: bool = True
     """Take `POST /v1/feedback`, and store the ids of answered requests for it."""
     feedback_days: float = Field(default=7.0, gt=0)
@@ -120,3 +126,13 @@ class RouterConfig(StrictConfig):
     """Replicas whose heartbeat is older are avoided while fresher ones live."""
     drain_s: float = Field(default=60.0, gt=0)
     """How long a router that stops waits for its streams to end."""
+
+    @model_validator(mode="after")
+    def _graders_fit(self) -> RouterConfig:
+        for upstream, field in self.upstreams_named().items():
+            if upstream not in self.upstreams:
+                known = ", ".join(sorted(self.upstreams)) or "none"
+                raise ValueError(f"{field}: there is no upstream {upstream!r}; there are: {known}")
+        if self.graders and self.log is None:
+            raise ValueError("graders run in the request log's threads: give 'log' too")
+        return self

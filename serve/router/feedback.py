@@ -1,7 +1,8 @@
 """`POST /v1/feedback`: what a user says about an answer, joined to its request, whichever router answered.
 
 A judgement is stored once, counted once, and written as a line beside the request log. Its texts are kept as
-far as the request's own were. Off the path of requests; the store is only touched in threads.
+far as the request's own were. What it says of an arm is evidence, once: a judgement that is changed later
+stays counted as it was. Off the path of requests; the store is only touched in threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from contracts.errors import ConflictError, StateError
 from contracts.feedback import Feedback, FeedbackRow
-from contracts.traffic import LogMode
+from contracts.metrics import FEEDBACK as BY_USERS
+from contracts.traffic import LogMode, Reason
 from serve.request_log import SegmentWriter
 from serve.request_log.redact import Redactor
 from serve.router.config import RouterConfig
@@ -28,6 +30,7 @@ from serve.router.errors import RequestRefused, error_body
 from serve.router.guard import Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.keys import KeyTable
+from serve.router.ledger import EvidenceKey, Ledger
 from serve.router.metrics import Metrics
 from serve.router.openapi import FEEDBACK
 from serve.router.relay import Send
@@ -59,6 +62,7 @@ class FeedbackDesk:
         keys: KeyTable,
         metrics: Metrics,
         served: ServedIds,
+        ledger: Ledger,
         redactor: Redactor,
         lines: SegmentWriter | None,
     ) -> None:
@@ -66,6 +70,7 @@ class FeedbackDesk:
         self._config = config
         self._metrics = metrics
         self._served = served
+        self._ledger = ledger
         self._redactor = redactor
         self._lines = lines
         self._lines_lock = threading.Lock()
@@ -130,7 +135,19 @@ class FeedbackDesk:
         stored = await asyncio.to_thread(self._keep, given, row)
         if stored is Stored.NEW:
             self._metrics.feedback.labels(row.route, row.arm, verdict_of(given)).inc()
+            self._count(given, row)
         return {"object": "feedback", "id": given.id, "request_id": given.request_id, "status": stored.value}
+
+    def _count(self, given: Feedback, row: Served) -> None:
+        """Count a new judgement as evidence on the arm that its request was drawn for.
+
+        In the window of that request's split version, however late it comes. A router killed before its next
+        flush loses the count, not the judgement: none is ever counted twice.
+        """
+        score = score_of(given)
+        if score is not None and row.rollout_id is not None and row.reason == Reason.RANDOM:
+            key = EvidenceKey(row.route, row.rollout_id, row.arm, row.split_version)
+            self._ledger.score(key, BY_USERS, score)
 
     async def _find(self, request_id: str) -> Served | None:
         """The served request; one that another router has not stored yet is waited for."""
@@ -288,3 +305,10 @@ def verdict_of(given: Feedback) -> str:
     if given.score is not None:
         return "scored"
     return "commented" if given.correction is None else "corrected"
+
+
+def score_of(given: Feedback) -> float | None:
+    """A judgement as a score in [0, 1]: a given score, else the thumb; None for words alone."""
+    if given.score is not None:
+        return given.score
+    return None if given.good is None else float(given.good)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Collection
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -73,7 +75,9 @@ class ArmMetrics:
 class Metrics:
     """Every metric of one router process."""
 
-    def __init__(self) -> None:
+    def __init__(self, graders: Collection[str] = ()) -> None:
+        """`graders`: names whose series of grades begin at zero."""
+        self._graders = graders
         self._dir = _multiproc_dir()
         self.batch = Batch()
         self._registry = reg = CollectorRegistry()
@@ -163,7 +167,7 @@ class Metrics:
         )
         self.shadows_dropped = Counter(
             "stillhouse_shadows_dropped_total",
-            "Shadow requests that were not sent: the hour's budget was spent, or too many were running.",
+            "Shadow and mirrored requests that were not sent: the hour's budget was spent, or too many ran.",
             ["route", "reason"],
             registry=reg,
         )
@@ -216,16 +220,28 @@ class Metrics:
             registry=reg,
         )
         self.grader_errors = Counter(
-            "stillhouse_grader_errors_total", "Exceptions of the grader.", registry=reg
+            "stillhouse_grader_errors_total", "Exceptions of a grader.", ["grader"], registry=reg
         )
         self.grades = Counter(
             "stillhouse_grades_total",
-            "Answers by the grader's verdict.",
-            ["route", "arm", "verdict"],
+            "Answers (arm 'pair': pairs of answers) by a grader's score: pass 1, fail 0, partial between.",
+            ["route", "arm", "grader", "verdict"],
             registry=reg,
         )
         self.ungraded = Counter(
-            "stillhouse_ungraded_total", "Answers the grader gave no verdict on.", ["reason"], registry=reg
+            "stillhouse_ungraded_total", "Answers a grader gave no score.", ["grader", "reason"], registry=reg
+        )
+        self.judge_calls = Counter(
+            "stillhouse_judge_calls_total",
+            "Calls of judges by result: ok, unparsed (not exactly one verdict), failed.",
+            ["grader", "result"],
+            registry=reg,
+        )
+        self.judge_dropped = Counter(
+            "stillhouse_judge_dropped_total",
+            "Answers and pairs not shown to a judge: budget, busy, too_long.",
+            ["grader", "reason"],
+            registry=reg,
         )
 
     def _keys_and_state(self, reg: CollectorRegistry) -> None:
@@ -275,8 +291,13 @@ class Metrics:
         for arm, upstream in arms:
             if upstream is not None:
                 self.arm(split.route, arm.value, upstream.name)
-                for verdict in ("pass", "fail"):
-                    self.grades.labels(split.route, arm.value, verdict)
+                for grader, verdict in product(self._graders, ("pass", "fail")):
+                    self.grades.labels(split.route, arm.value, grader, verdict)
+
+    def graded(self, route: str, arm: str, grader: str, score: float) -> None:
+        """Count a score."""
+        verdict = "pass" if score == 1.0 else "fail" if score == 0.0 else "partial"
+        self.grades.labels(route, arm, grader, verdict).inc()
 
     def refused(self, status: int, endpoint: str, route: str = OTHER) -> None:
         """Count a request that the router itself turned away."""

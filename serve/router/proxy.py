@@ -24,6 +24,7 @@ from serve.router.guard import Cause, Deadlines, Guard, Receive
 from serve.router.intake import Intake, request_id_of
 from serve.router.limits import RetryBudget
 from serve.router.metrics import OTHER, Metrics
+from serve.router.pairs import PairGrading
 from serve.router.pool import Pools, Replica
 from serve.router.relay import Relay, Send, error_bytes, parse_error
 from serve.router.replies import send_json
@@ -48,6 +49,7 @@ class Proxy:
         client: HttpClient,
         metrics: Metrics,
         accounts: Accounts,
+        pairs: PairGrading | None = None,
     ) -> None:
         self._config = config
         self._intake = intake
@@ -58,7 +60,7 @@ class Proxy:
         self._ended = accounts.ended
         self._deadlines = Deadlines()
         self._relay = Relay(client, pools, config.timeouts, accounts.ended, accounts.want_answers)
-        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, self._deadlines, config)
+        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, self._deadlines, config, pairs)
         self._budgets: dict[str, RetryBudget] = {}
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -116,7 +118,7 @@ class Proxy:
                 limiter.leave(time.perf_counter() - entered)
             if not ex.ended:
                 self._ended(ex, Outcome.UPSTREAM_ERROR, 500)
-        if ex.route.settings.shadow is not None:
+        if ex.route.settings.shadow is not None or ex.route.split.mirror:
             self.shadows.consider(ex)
 
     async def _arms(self, ex: Exchange, guard: Guard, send: Send) -> None:

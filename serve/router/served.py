@@ -79,6 +79,7 @@ def _row(note: _Note) -> Served:
         request_id=note.request_id,
         route=note.split.route,
         arm=assignment.arm.value,
+        reason=assignment.reason.value,
         rollout_id=note.split.rollout_id,
         split_version=assignment.split_version,
         log_mode=mode_of(note.log_policy, assignment.unit_hash).value,

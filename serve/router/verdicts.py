@@ -1,37 +1,47 @@
-"""What the request log tells the router: verdicts become evidence and metrics, losses become metrics.
+"""What the request log tells the router: scores become evidence and metrics, losses become metrics.
 
-Called from the log's threads. Knows nothing about how an answer was graded.
+Called from the log's threads. Hands answers on to the judges. Knows nothing about how an answer was graded.
 """
 
 from __future__ import annotations
 
-from contracts.metrics import GRADE
+from collections.abc import Callable
+
+from contracts.traffic import RequestRow
 from serve.router.exchange import Exchange
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
+
+Answered = Callable[[Exchange, RequestRow], None]
 
 
 class Verdicts:
     """The hooks of one router's request log."""
 
-    def __init__(self, metrics: Metrics, ledger: Ledger) -> None:
+    def __init__(self, metrics: Metrics, ledger: Ledger, answered: Answered | None = None) -> None:
+        """`answered`: called in the log's thread with every answer; must not block."""
         self._metrics = metrics
         self._ledger = ledger
+        self._answered = answered
 
-    def graded(self, draft: Exchange, passed: bool) -> None:
-        """Count a verdict for the arm that gave the answer."""
-        verdict = "pass" if passed else "fail"
-        self._metrics.grades.labels(draft.route.split.route, draft.assignment.arm.value, verdict).inc()
+    def graded(self, draft: Exchange, grader: str, score: float) -> None:
+        """Count a score for the arm that gave the answer."""
+        self._metrics.graded(draft.route.split.route, draft.assignment.arm.value, grader, score)
         key = draft.evidence()
         if key is not None:
-            self._ledger.score(key, GRADE, 1.0 if passed else 0.0)
+            self._ledger.score(key, grader, score)
 
-    def ungraded(self, reason: str) -> None:
-        """Count an answer without a verdict; errors have a metric of their own."""
+    def ungraded(self, grader: str, reason: str) -> None:
+        """Count an answer without a score; errors have a metric of their own."""
         if reason == "error":
-            self._metrics.grader_errors.inc()
+            self._metrics.grader_errors.labels(grader).inc()
         else:
-            self._metrics.ungraded.labels(reason).inc()
+            self._metrics.ungraded.labels(grader, reason).inc()
+
+    def answered(self, draft: Exchange, row: RequestRow) -> None:
+        """Pass an answer on."""
+        if self._answered is not None:
+            self._answered(draft, row)
 
     def written(self, rows: int) -> None:
         """Count rows that reached the file."""

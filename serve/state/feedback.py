@@ -26,6 +26,8 @@ class Served(NamedTuple):
     request_id: str
     route: str
     arm: str
+    reason: str
+    """Why it got that arm; only random assignments are evidence."""
     rollout_id: str | None
     split_version: int
     log_mode: str

@@ -31,7 +31,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from contracts.errors import StateError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA_LOCK = 0x57111_405E
 """PostgreSQL's advisory lock while the schema is created; any number of ours does."""
 
@@ -191,6 +191,7 @@ served = Table(
     Column("request_id", String(128), primary_key=True),
     Column("route", String(128), nullable=False),
     Column("arm", String(16), nullable=False),
+    Column("reason", String(16), nullable=False),
     Column("rollout_id", String(128)),
     Column("split_version", Integer, nullable=False),
     Column("log_mode", String(16), nullable=False),
@@ -199,6 +200,16 @@ served = Table(
 )
 """Requests that feedback may refer to, for as long as late feedback is taken. `log_mode` says whether the
 texts of that feedback may be kept, `subjects` (hashes, separated by spaces) whose request it was."""
+
+judge_checks = Table(
+    "judge_checks",
+    metadata,
+    Column("id", _BigKey, primary_key=True, autoincrement=True),
+    Column("grader", String(64), nullable=False, index=True),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
+)
+"""How judges did on answers that people had judged; `grader` is the judge's name with its version."""
 
 feedback = Table(
     "feedback",

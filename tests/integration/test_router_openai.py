@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("router"))
     made.split(1)
-    made.router(grader="tests.integration.graders:says_tick")
+    made.router(graders={"grade": {"kind": "function", "function": "tests.integration.graders:says_tick"}})
     yield made
     made.close()
 
@@ -96,7 +96,7 @@ def test_rows_metrics_and_grades_tell_the_same(world: World) -> None:
     assert len(rows) == 10
     for row in rows:
         assert (row["prompt_tokens"], row["completion_tokens"], row["finish_reason"]) == (7, 8, "stop")
-        assert (row["response_text"], row["grade"], row["outcome"]) == ("tick " * 8, True, "ok")
+        assert (row["response_text"], row["scores"], row["outcome"]) == ("tick " * 8, {"grade": 1.0}, "ok")
         assert row["request"]["model"] == "support"
         assert (row["response"] is None) == row["stream"] == (row["ttft_s"] is not None)
         assert 0 <= row["overhead_s"] < row["e2e_s"]

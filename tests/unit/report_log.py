@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from contracts.metrics import GRADE
 from contracts.traffic import Arm, LogMode, Outcome, Reason, RequestRow, UnitKind
 
 SEGMENT = "requests-19700101T000000.000000Z-router-a.jsonl"
@@ -15,6 +16,8 @@ def row(number: int, rollout_id: str, arm: Arm, **changes: Any) -> RequestRow:
     """One answered request; `asked` and `said` are its texts."""
     asked, said = changes.pop("asked", f"Where is order {number}?"), changes.pop("said", "On its way.")
     upstream = changes.pop("upstream", "student-v1" if arm is Arm.CANARY else "teacher")
+    if (grade := changes.pop("grade", None)) is not None:
+        changes["scores"] = {GRADE: float(grade)}
     values: dict[str, Any] = {
         "request_id": f"req-{number}",
         "ts": 1_000_010.0 + number,

@@ -70,8 +70,9 @@ def collect(tmp: Path, lines: list[str], **changes: Any) -> tuple[Result, dict[s
         ({}, {"response_text": None}, "no_text"),
         ({"max_chars": 50}, {}, "too_long"),
         ({"require_json": True}, {"response_text": "sure!"}, "not_json"),
-        ({"drop_failed_grades": True}, {"grade": False}, "failed_grade"),
-        ({}, {"grade": False}, None),
+        ({"drop_failed_grades": True}, {"scores": {"grade": 0.0, "form": 1.0}}, "failed_grade"),
+        ({"drop_failed_grades": True}, {"scores": {"form": 0.5}}, None),
+        ({}, {"scores": {"grade": 0.0}}, None),
         ({}, {"request": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}}, "not_text"),
     ],
 )

@@ -35,7 +35,7 @@ def state(engine: Engine) -> FeedbackState:
 
 
 def served(request_id: str, subjects: str = "", at: float = 100.0) -> Served:
-    return Served(request_id, "support", "stable", None, 3, "full", subjects, at)
+    return Served(request_id, "support", "stable", "random", None, 3, "full", subjects, at)
 
 
 def judgement(name: str, request_id: str = "r1", **fields: Any) -> Feedback:
@@ -157,7 +157,7 @@ async def test_ids_are_found_before_they_are_stored_and_again_if_that_fails() ->
     found = ids.find("r1")
     assert found is not None
     assert found._replace(at=0.0) == Served(
-        "r1", "support", Arm.STABLE.value, None, 3, "metadata",
+        "r1", "support", Arm.STABLE.value, "only_arm", None, 3, "metadata",
         f"user:{hash_unit('ann')} conversation:{hash_unit('c1')}", 0.0,
     )  # fmt: skip
     assert [row.request_id for row in rows_of(ids.cut())] == ["r1"]

@@ -15,7 +15,7 @@ from contracts.traffic import LogMode, Outcome, RequestRow, hash_unit
 from serve.request_log import RequestLog, SegmentWriter
 from serve.request_log.policy import effective, metadata_only, mode_of
 from serve.request_log.redact import Redactor
-from tests.unit.test_request_log import Drafted, Hooks, opened, row, rows_in
+from tests.unit.test_request_log import Drafted, Hooks, by, opened, row, rows_in
 
 ORDER = [LogMode.OFF, LogMode.METADATA, LogMode.REDACTED, LogMode.FULL]
 policies = st.builds(LogPolicy, mode=st.sampled_from(ORDER), sample=st.floats(0, 1))
@@ -102,18 +102,18 @@ def test_off_writes_nothing_and_still_grades(tmp_path: Path) -> None:
     """Evidence must not depend on what is logged: every answer is graded, with its whole text."""
     seen: list[str] = []
 
-    def grader(request: dict[str, Any], text: str) -> bool:
+    def grader(request: dict[str, Any], text: str) -> float:
         seen.append(text)
-        return True
+        return 1.0
 
-    log, hooks = opened(tmp_path, grader=grader)
+    log, hooks = opened(tmp_path, graders=[by(grader)])
     for mode in ORDER:
         log.submit(Drafted(row(1, text=SECRET), mode))
     assert log.close()
     assert seen == [SECRET] * 4
-    assert hooks.seen == {"graded True": 4, "written": 3}
-    assert [(r["log_mode"], r["grade"]) for r in rows_in(tmp_path)] == [
-        ("metadata", True), ("redacted", True), ("full", True),
+    assert hooks.seen == {"grade 1": 4, "written": 3}
+    assert [(r["log_mode"], r["scores"]["grade"]) for r in rows_in(tmp_path)] == [
+        ("metadata", 1.0), ("redacted", 1.0), ("full", 1.0),
     ]  # fmt: skip
 
 

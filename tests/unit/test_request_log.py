@@ -10,10 +10,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from contracts.grading import FunctionGrader
 from contracts.traffic import Arm, LogMode, Outcome, Reason, RequestRow, UnitKind
+from serve.grading.graders import NamedGrader
 from serve.request_log import RequestLog, SegmentWriter, recover
 
 
@@ -42,11 +45,14 @@ class Hooks:
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
 
-    def graded(self, draft: Any, passed: bool) -> None:
-        self.seen[f"graded {passed}"] += 1
+    def graded(self, draft: Any, grader: str, score: float) -> None:
+        self.seen[f"{grader} {score:g}"] += 1
 
-    def ungraded(self, reason: str) -> None:
-        self.seen[reason] += 1
+    def ungraded(self, grader: str, reason: str) -> None:
+        self.seen[f"{grader} {reason}"] += 1
+
+    def answered(self, draft: Any, row: RequestRow) -> None:
+        self.seen["answered"] += 1
 
     def written(self, rows: int) -> None:
         self.seen["written"] += rows
@@ -56,6 +62,12 @@ class Hooks:
 
     def unredacted(self) -> None:
         self.seen["unredacted"] += 1
+
+
+def by(score: Callable[[dict[str, Any], str], Any], name: str = "grade", **fields: Any) -> NamedGrader:
+    """A grader of any function."""
+    spec = FunctionGrader.model_validate({"kind": "function", "function": "any:thing", **fields})
+    return NamedGrader(name, spec, score)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -106,7 +118,7 @@ def test_segments_rotate_by_age(tmp_path: Path) -> None:
 def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path) -> None:
     """A log that cannot keep up costs rows, not replies."""
     gate = threading.Event()
-    log, hooks = opened(tmp_path, bound=10, grader=lambda _request, _text: gate.wait(10))
+    log, hooks = opened(tmp_path, bound=10, graders=[by(lambda _request, _text: float(gate.wait(10)))])
     accepted = sum(log.submit(Drafted(row(i))) for i in range(50))
     gate.set()
     assert log.close()
@@ -116,19 +128,53 @@ def test_a_full_queue_drops_and_counts_and_never_waits(tmp_path: Path) -> None:
 
 
 def test_grades_are_logged_and_failures_of_the_grader_counted(tmp_path: Path) -> None:
-    """A grader may pass, fail, abstain or crash; the row is written in every case."""
+    """A grader may score, abstain or crash; the row is written in every case, the other graders still run."""
 
-    def grader(request: dict[str, Any], text: str) -> bool | None:
-        return {0: True, 1: False, 2: None}[request["n"]]
+    def grader(request: dict[str, Any], text: str) -> float | None:
+        return {0: 1.0, 1: 0.25, 2: None}[request["n"]]
 
-    log, hooks = opened(tmp_path, grader=grader)
+    log, hooks = opened(tmp_path, graders=[by(grader), by(lambda _request, _text: 0.0, "form")])
     for i in range(4):
         log.submit(Drafted(row(i)))
     log.submit(Drafted(row(0, text=None)))
     log.submit(Drafted(row(0, outcome=Outcome.UPSTREAM_ERROR)))
     assert log.close()
-    assert [r["grade"] for r in rows_in(tmp_path)] == [True, False, None, None, None, None]
-    assert hooks.seen == {"graded True": 1, "graded False": 1, "abstained": 1, "error": 1, "written": 6}
+    form = {"form": 0.0}
+    assert [r["scores"] for r in rows_in(tmp_path)] == [
+        {"grade": 1.0, **form}, {"grade": 0.25, **form}, form, form, {}, {},
+    ]  # fmt: skip
+    assert hooks.seen == {
+        "grade 1": 1, "grade 0.25": 1, "grade abstained": 1, "grade error": 1, "form 0": 4, "written": 6,
+    }  # fmt: skip
+
+
+def test_a_grader_sees_its_routes_and_its_sample(tmp_path: Path) -> None:
+    """One for another route is never called; a share is a share of the requests, the same at every run."""
+
+    def never(request: dict[str, Any], text: str) -> float:
+        raise AssertionError("called")
+
+    half = by(lambda _request, _text: 1.0, "half", sample=0.5)
+    graded = []
+    for name in ("a", "b"):
+        log, hooks = opened(tmp_path / name, graders=[by(never, routes=("other",)), half])
+        for i in range(400):
+            log.submit(Drafted(row(i)))
+        assert log.close()
+        graded.append([r["request_id"] for r in rows_in(tmp_path / name) if r["scores"]])
+        assert hooks.seen == {"written": 400, "half 1": len(graded[-1])}
+    assert graded[0] == graded[1]
+    assert 150 < len(graded[0]) < 250
+
+
+def test_who_wants_answers_is_shown_them_whatever_is_logged(tmp_path: Path) -> None:
+    """A judge needs the text of a request that is not logged; failures have none."""
+    log, hooks = opened(tmp_path, wants_answers=True)
+    log.submit(Drafted(row(1), LogMode.OFF))
+    log.submit(Drafted(row(2), LogMode.METADATA))
+    log.submit(Drafted(row(3, text=None)))
+    assert log.close()
+    assert hooks.seen == {"answered": 2, "written": 2}
 
 
 def test_a_draft_that_cannot_be_built_costs_itself_only(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.errors import ConfigError
-from contracts.plugins import load_function
 from contracts.traffic import Split, Upstream
 from serve.router.app import RouterApp, create_app
 from serve.router.config import RouterConfig
@@ -204,5 +203,7 @@ async def test_a_store_that_is_down_does_not_stop_the_router(tmp_path: Path) -> 
 @pytest.mark.parametrize("spec", ["nowhere:f", "json:nothing", "json:__name__"])
 def test_a_grader_that_is_not_there_is_found_at_the_start(spec: str) -> None:
     """A misspelt grader stops the router before traffic, not at the first answer."""
-    with pytest.raises(ConfigError):
-        load_function(spec, "router.grader")
+    grader = {"kind": "function", "function": spec}
+    config = {"state_url": "sqlite://", "log": {"dir": "log"}, "graders": {"right": grader}}
+    with pytest.raises(ConfigError, match=r"graders\.right\.function"):
+        RouterApp(RouterConfig.model_validate(config))

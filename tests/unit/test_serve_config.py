@@ -68,6 +68,21 @@ def test_upstreams_become_nouns() -> None:
         ({"http": {"port": 99999}}, "http.port"),
         ({"teachers": {}}, "teachers: unknown key; known keys: .*upstreams"),
         ({"policies": {"p": {"steps": []}}}, "policies.p"),
+        (
+            {"graders": {"g": {"kind": "judge", "upstream": "x"}}},
+            r"graders\.g\.upstream: there is no upstream 'x'",
+        ),
+        (
+            {"graders": {"g": {"kind": "exact", "against": "x"}}},
+            r"graders\.g\.against: there is no upstream 'x'",
+        ),
+        (
+            {"graders": {"g": {"kind": "exact", "routes": ["x"]}}},
+            r"graders\.g\.routes: there is no route 'x'",
+        ),
+        ({"router": {"graders": {"g": {"kind": "exact"}}}}, "router.graders: .*top level"),
+        ({"graders": {"g": {"kind": "regex", "pattern": "("}}}, "graders.g.regex.pattern: .*not a regular"),
+        ({"prometheus": {"url": "prometheus:9090"}}, "prometheus.url"),
     ],
 )
 def test_errors_name_the_field_and_the_fix(changes: dict[str, Any], message: str) -> None:
@@ -92,7 +107,24 @@ def test_search_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert find_config("/argument.yaml") == Path("/argument.yaml")
 
 
-@pytest.mark.parametrize("name", ["stillhouse.yaml", "demo.yaml"])
+def test_the_router_is_told_of_the_upstreams_that_graders_name() -> None:
+    """Judges and references become nouns with their keys' variables; the others stay out of it."""
+    hosted = {"url": "https://api.test/v1/", "model": "big", "api_key_env": "KEY"}
+    graders = {
+        "helpful": {"kind": "judge", "upstream": "hosted", "against": "teacher"},
+        "form": {"kind": "json_schema", "schema": {"type": "object"}},
+    }
+    upstreams = {n: {"engine": {"model": "m"}} for n in ("teacher", "other")}
+    config = parse(upstreams={**upstreams, "hosted": hosted}, graders=graders)
+    router = config.router_config()
+    assert {n: u.url for n, u in router.upstreams.items()} == {"hosted": "https://api.test", "teacher": None}
+    assert router.graders == config.graders
+    # As the controller's and the routers' processes get it.
+    again = ServeConfig.model_validate(config.model_dump(mode="json"))
+    assert again.router_config() == router
+
+
+@pytest.mark.parametrize("name", ["stillhouse.yaml", "demo.yaml", "graders.yaml"])
 def test_shipped_configurations_are_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every file in configs/ is parsed by a test; run folder and port come from the environment."""
     monkeypatch.setenv("STILLHOUSE_RUN_DIR", str(tmp_path))

@@ -32,7 +32,7 @@ from serve.rollout.report.model import (
     Thresholds,
 )
 from serve.rollout.report.price import Price
-from serve.rollout.report.requests import KINDS, Match, Scan, scan
+from serve.rollout.report.requests import KINDS, Match, Scan, right, scan
 from serve.rollout.stats import srm
 from serve.rollout.stats.combine import Family
 from serve.state.rollouts import AuditEntry, RolloutState, StoredRollout
@@ -256,7 +256,7 @@ def _answer(row: RequestRow) -> Answer:
         upstream=row.upstream,
         status=row.status,
         outcome=row.outcome.value,
-        grade=row.grade,
+        grade=right(row),
         ttft_s=row.ttft_s,
         e2e_s=row.e2e_s,
         completion_tokens=row.completion_tokens,

@@ -19,6 +19,7 @@ from contracts.traffic import Arm, Outcome, RequestRow
 from serve.request_log.segments import final_segments, open_segments, opened_at
 from serve.rollout.report import alike
 
+_RIGHT = 0.5
 KINDS = ("failed", "graded wrong", "slowest")
 SPARE = 4
 """So many times more candidates than examples are kept, so that those with the best counterpart are shown."""
@@ -119,11 +120,16 @@ def of_candidate(row: RequestRow, spec: RolloutSpec) -> bool:
     return row.arm is Arm.CANARY or (row.arm is Arm.SHADOW and row.upstream == spec.candidate.name)
 
 
+def right(row: RequestRow) -> bool | None:
+    """Whether the answer satisfied the grader that liked it least (half a score and more); None: ungraded."""
+    return min(row.scores.values()) >= _RIGHT if row.scores else None
+
+
 def badness(row: RequestRow) -> str | None:
     """Which kind of bad answer a row could be an example of."""
     if row.outcome.failed:
         return "failed"
-    if row.grade is False:
+    if right(row) is False:
         return "graded wrong"
     return "slowest" if row.outcome is Outcome.OK else None
 
@@ -156,14 +162,14 @@ def _find_counterparts(worst: list[Match], found: Iterator[RequestRow], spec: Ro
             continue
         pair = by_id.get(row.pair_id or "") or copies.get(row.request_id)
         if pair is not None:
-            _offer(pair, row, (1, 1.0, row.grade is True), "the same request, answered by both")
+            _offer(pair, row, (1, 1.0, right(row) is True), "the same request, answered by both")
         elif row.arm is Arm.STABLE and row.served_arm is Arm.STABLE:
             known = alike.words(alike.conversation(row.request))
             for match in worst:
                 near = alike.similarity(match.words, known)
                 if near > 0.0:
                     said = "an equal request" if near == 1.0 else "the most similar request"
-                    _offer(match, row, (0, near, row.grade is True), said)
+                    _offer(match, row, (0, near, right(row) is True), said)
 
 
 def _offer(match: Match, row: RequestRow, rank: tuple[int, float, int], relation: str) -> None:
