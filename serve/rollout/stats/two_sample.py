@@ -16,22 +16,25 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
-    (0.005, 0.16),
-    (0.01, 0.18),
-    (0.02, 0.22),
-    (0.05, 0.24),
-    (0.15, 0.14),
-    (0.40, 0.03),
-    (0.75, 0.03),
+    (0.005, 0.10),
+    (0.01, 0.30),
+    (0.02, 0.35),
+    (0.05, 0.17),
+    (0.15, 0.04),
+    (0.40, 0.02),
+    (0.75, 0.02),
 )
-"""(excess over the tolerance, prior weight). The two large ones catch a broken student within a handful of
-answers; they need little weight because their products grow by a factor of ten or more per failure."""
+"""(excess over the tolerance, prior weight). Most weight lies where a minute more or less is at stake: the three
+large ones catch a broken student within a handful of answers and need little, because their products grow by
+a factor of ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
 
 _MEMORY = 4000.0
 """The running estimates forget beyond about this many requests, so that they follow a drifting base rate."""
 _SHRINK = 40.0
 """Pseudo-observations at the stable rate in the canary's estimate."""
 _LOWEST, _HIGHEST = 1e-4, 0.985
+PRIOR_N = 100.0
+"""Pseudo-observations of stable before any window: about one look's worth, so a wrong guess is soon outvoted."""
 
 
 class Window(NamedTuple):
@@ -54,7 +57,7 @@ class TwoSample(NamedTuple):
     noninferior: tuple[float, ...]
 
 
-def start(prior_rate: float, prior_n: float = 20.0) -> TwoSample:
+def start(prior_rate: float, prior_n: float = PRIOR_N) -> TwoSample:
     """Fresh tests; the prior only steers the first windows' alternatives, validity never depends on it."""
     return TwoSample(
         base_n=prior_n,
@@ -135,27 +138,26 @@ def block_log_e(window: Window, alt_b: float, alt_c: float, delta: float) -> flo
 def boundary_projection(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: float) -> float:
     """The x that minimises KL((alt_b, alt_c) || (x, x + delta)) weighted by the arms' sizes.
 
-    Root of n_b(alt_b - x)/(x(1-x)) + n_c(alt_c - x - delta)/((x+delta)(1-x-delta)), which falls in x: Newton
-    steps kept inside a bisection bracket.
+    Root of n_b(alt_b - x)/(x(1-x)) + n_c(alt_c - x - delta)/((x+delta)(1-x-delta)), which falls in x. Cleared
+    of its denominators that is a cubic with three real roots, and ours is the middle one (as in Farrington &
+    Manning, Statistics in Medicine 9 (1990), appendix). Two Newton steps take the cosine's rounding away.
     """
-    lo, hi = max(0.0, -delta), min(1.0, 1.0 - delta)
-    x = min(max((n_b * alt_b + n_c * (alt_c - delta)) / (n_b + n_c), lo + 1e-9), hi - 1e-9)
-    for _ in range(100):
-        y = x + delta
-        slope_b, slope_c = alt_b / x, (1.0 - alt_b) / (1.0 - x)
-        grow_c, fall_c = alt_c / y, (1.0 - alt_c) / (1.0 - y)
-        value = n_b * (slope_b - slope_c) + n_c * (grow_c - fall_c)
-        if value > 0.0:
-            lo = x
-        else:
-            hi = x
-        curve = n_b * (slope_b / x + slope_c / (1.0 - x)) + n_c * (grow_c / y + fall_c / (1.0 - y))
-        step = x + value / curve
-        new = step if lo < step < hi else 0.5 * (lo + hi)
-        if abs(new - x) <= 1e-15:
-            return new
-        x = new
-    return x
+    if delta == 0.0:
+        return (n_b * alt_b + n_c * alt_c) / (n_b + n_c)
+    share_b = n_b / (n_b + n_c)
+    share_c = 1.0 - share_b
+    spread, shifted = delta * (1.0 - delta), alt_c - delta
+    # x³ + square x² + linear x + rest = 0
+    square = -(share_b * (alt_b + 1.0 - 2.0 * delta) + share_c * (shifted + 1.0))
+    linear = share_b * (alt_b * (1.0 - 2.0 * delta) - spread) + share_c * shifted
+    rest = share_b * alt_b * spread
+    third = square / 3.0
+    radius = math.sqrt(third * third - linear / 3.0)
+    ratio = (0.5 * third * linear - third * third * third - 0.5 * rest) / (radius * radius * radius)
+    angle = math.acos(min(max(ratio, -1.0), 1.0))
+    x = 2.0 * radius * math.cos((angle - math.tau) / 3.0) - third
+    x -= (((x + square) * x + linear) * x + rest) / ((3.0 * x + 2.0 * square) * x + linear)
+    return x - (((x + square) * x + linear) * x + rest) / ((3.0 * x + 2.0 * square) * x + linear)
 
 
 def log_mean_exp(logs: Sequence[float], weights: Sequence[float] | None = None) -> float:
