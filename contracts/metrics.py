@@ -27,6 +27,9 @@ GRADE = "grade"
 FEEDBACK = "feedback"
 """Name under which users' judgements are counted."""
 
+PAIR = "pair"
+"""Arm of the ledger under which judged pairs are counted: scores are the canary's side of each."""
+
 GRADER_NAME = r"^[a-z][a-z0-9_-]{0,39}$"
 
 
@@ -87,6 +90,11 @@ class QuerySpec(Record):
             raise ValueError("query: 'value' needs 'at_most' or 'at_least'")
         return self
 
+    def keeps(self, value: float) -> bool:
+        """True when a value is within its bounds."""
+        low, high = self.at_least, self.at_most
+        return (low is None or value >= low) and (high is None or value <= high)
+
 
 class MetricSpec(Record):
     """One metric of a rollout: a harm test and a non-inferiority test on the same counts."""
@@ -97,9 +105,12 @@ class MetricSpec(Record):
     role: Role = Role.GUARDRAIL
     margin: float = Field(gt=0, lt=1)
     """Non-inferiority margin Δ: promote only if 'worse than stable by Δ or more' is refuted. A difference of
-    risks (errors, slow, failed grades), of mean scores, or of the mean of win = 1, tie = ½, loss = 0."""
+    risks (errors, slow, failed grades) or of mean scores. Pairs (below 0.5): how far the mean of win = 1,
+    tie = ½, loss = 0 may be below ½; where a pair is two scores, of (canary - stable + 1) / 2, so a margin of
+    0.05 there is a score difference of 0.10. A query of one value has its own bounds and ignores it."""
     tolerance: float | None = Field(default=None, ge=0, lt=1)
-    """Harm tolerance: roll back if p_canary > p_stable + tolerance is shown. Default: margin / 4."""
+    """Harm tolerance, on the margin's scale: roll back if 'worse than stable by more' is shown. Default:
+    margin / 4."""
     better: bool = False
     """Must be shown better than stable, not only no worse."""
     thresholds_s: tuple[float, ...] = ()
@@ -125,6 +136,8 @@ class MetricSpec(Record):
             raise ValueError(f"metric {self.kind}: tolerance must be smaller than margin {self.margin}")
         if (self.kind is MetricKind.QUERY) != (self.query is not None):
             raise ValueError(f"metric {self.kind}: 'query' belongs to kind query, and only to it")
+        if self.kind is MetricKind.PAIRS and self.margin >= 0.5:
+            raise ValueError(f"metric pairs: margin must be below 0.5 (a mean of wins), got {self.margin}")
         if self.kind not in GRADED_KINDS and self.grader != GRADE:
             raise ValueError(f"metric {self.kind}: 'grader' is only for quality, score and pairs")
         if self.kind is MetricKind.QUERY and not self.name:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from contracts.config import Record
 from contracts.gates import Verdict
-from contracts.metrics import ArmCounts, MetricKind, MetricSpec
+from contracts.metrics import ArmCounts, MetricKind, MetricSpec, Role
 from contracts.traffic import NAME, Upstream
 
 
@@ -99,6 +99,10 @@ class RolloutSpec(Record):
             raise ValueError(f"steps must have strictly rising weights, got {weights}")
         if not self.metrics:
             raise ValueError("metrics must not be empty: a rollout without evidence can never promote")
+        if all(m.role is Role.INFO for m in self.metrics):
+            raise ValueError(
+                "metrics: one at least must be a guardrail or an objective; info decides nothing"
+            )
         keys = [m.key for m in self.metrics]
         if len(set(keys)) != len(keys):
             raise ValueError(f"metrics need different names, got {keys}: give the second one a 'name'")

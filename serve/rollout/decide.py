@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 
-from contracts.metrics import ArmCounts
+from contracts.metrics import PAIR, ArmCounts
 from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from contracts.traffic import Arm
 from serve.rollout import evidence, sentences
 from serve.rollout.draft import Draft, end, enter_step, promote, roll_back, said
-from serve.rollout.observation import Action, Asked, Decision, Observation
+from serve.rollout.observation import Action, Asked, Decision, Observation, SeenWindow
 
 ENGINE_ERROR_BUDGET = 6
 """Engine errors in a row before a rollout gives up; with the back-off below that is about half a minute."""
@@ -159,10 +159,11 @@ def _look(d: Draft) -> None:
     d.looked = True
     metrics, step, fresh = d.status.metrics, dict(d.status.step_counts), False
     for window in d.seen.windows:
-        metrics = evidence.update(d.spec, metrics, window.stable, window.canary)
+        metrics = evidence.update(d.spec, metrics, window)
         fresh = fresh or window.canary.n > 0
         if window.split_version == d.seen.split.version:
-            step = _plus(step, window.stable, window.canary)
+            step = _plus(step, window)
+    metrics = evidence.read(d.spec, metrics, d.seen.queries)
     d.set(metrics=metrics, step_counts=step)
     _consume_totals(d)
     last = d.status.last_canary_at or d.seen.now
@@ -174,15 +175,15 @@ def _look(d: Draft) -> None:
 def _consume_totals(d: Draft) -> None:
     total = dict(d.status.total_counts)
     for window in d.seen.windows:
-        total = _plus(total, window.stable, window.canary)
+        total = _plus(total, window)
     d.set(total_counts=total, cursor={**d.status.cursor, **d.seen.cursor})
 
 
-def _plus(counts: dict[str, ArmCounts], stable: ArmCounts, canary: ArmCounts) -> dict[str, ArmCounts]:
-    return {
-        Arm.STABLE.value: counts.get(Arm.STABLE.value, ArmCounts()).plus(stable),
-        Arm.CANARY.value: counts.get(Arm.CANARY.value, ArmCounts()).plus(canary),
-    }
+def _plus(counts: dict[str, ArmCounts], window: SeenWindow) -> dict[str, ArmCounts]:
+    seen = {Arm.STABLE.value: window.stable, Arm.CANARY.value: window.canary}
+    if window.pairs.scores:
+        seen[PAIR] = window.pairs
+    return {**counts, **{arm: counts.get(arm, ArmCounts()).plus(new) for arm, new in seen.items()}}
 
 
 def _kill_switch(d: Draft) -> str | None:

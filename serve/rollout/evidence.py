@@ -1,41 +1,33 @@
 """From counts per arm to evidence per metric, and from all metrics to one answer.
 
-The answer is harm, non-inferior, or neither. Every metric is one or more two-sample Bernoulli tests: an
-error, a failed grade, a latency above a threshold. State is lists of floats, so that JSON keeps it exactly.
+The answer is harm, non-inferior, or neither. A rate (errors, failed grades, latencies above a threshold, an
+external counter) is one or more two-sample Bernoulli tests; a grader's or the users' scores are bets on two
+means; judged pairs (win, tie, loss, or two scores of one request) are bets on one. How many answers get
+feedback at all is a rate too: a query of counters. State is lists of floats, so that JSON keeps it exactly.
 Does not know phases, weights or storage.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from contracts.gates import Verdict
-from contracts.metrics import LATENCY_BUCKETS_S, ArmCounts, MetricKind, MetricSpec
+from contracts.metrics import LATENCY_BUCKETS_S, SCORE_STEPS, ArmCounts, MetricKind, MetricSpec, Role
 from contracts.rollout import MetricStatus, RolloutSpec
-from serve.rollout.stats import two_sample
+from serve.rollout.observation import QueryReading, SeenWindow
+from serve.rollout.stats import betting, pairs, two_sample
+from serve.rollout.stats.combine import Family, family, log_each_at, log_mean_exp
 
-_PRIOR_RATE = {MetricKind.ERRORS: 0.01, MetricKind.QUALITY: 0.05, MetricKind.TTFT: 0.1, MetricKind.E2E: 0.1}
+CERTAIN = 100.0
+"""Log "e-value" of a declared bound that is broken, or kept: outside the statistics, at no alpha."""
 
-
-@dataclass(frozen=True)
-class Family:
-    """All metrics of a rollout taken together."""
-
-    harm: bool
-    noninferior: bool
-    log_mean_harm: float
-    """Log of the mean of the harm e-values; harm when it reaches `log_harm_mean_at`."""
-    log_harm_mean_at: float
-    """Log of 1/alpha_harm."""
-    log_harm_each_at: float
-    """Log of J/alpha_harm: e-Bonferroni over J metrics."""
-    log_promote_at: float
-    """Log of 1/alpha_promote, which every metric must reach."""
-    worst: MetricStatus
-    """The metric with the most evidence of harm."""
-    weakest: MetricStatus
-    """The metric with the least evidence of non-inferiority."""
+_PRIOR_RATE = {
+    MetricKind.ERRORS: 0.01,
+    MetricKind.QUALITY: 0.05,
+    MetricKind.TTFT: 0.1,
+    MetricKind.E2E: 0.1,
+    MetricKind.QUERY: 0.01,
+}
 
 
 def fresh(spec: RolloutSpec) -> tuple[MetricStatus, ...]:
@@ -44,46 +36,45 @@ def fresh(spec: RolloutSpec) -> tuple[MetricStatus, ...]:
 
 
 def update(
-    spec: RolloutSpec, metrics: tuple[MetricStatus, ...], stable: ArmCounts, canary: ArmCounts
+    spec: RolloutSpec, metrics: tuple[MetricStatus, ...], window: SeenWindow
 ) -> tuple[MetricStatus, ...]:
     """Fold one window of concurrent counts into every metric's tests, and judge each anew."""
     known = {m.name: m for m in metrics}
-    updated = tuple(_update_one(m, known.get(m.key) or _unseen(m), stable, canary) for m in spec.metrics)
-    return judge(spec, updated)
+    return judge(spec, tuple(_update_one(m, known.get(m.key) or _unseen(m), window) for m in spec.metrics))
+
+
+def read(
+    spec: RolloutSpec, metrics: tuple[MetricStatus, ...], queries: Mapping[str, QueryReading]
+) -> tuple[MetricStatus, ...]:
+    """Fold one look's answers from Prometheus in, by metric key. What was not asked stays as it is."""
+    if not queries:
+        return metrics
+    known = {m.name: m for m in metrics}
+    updated = (
+        _read_one(m, known.get(m.key) or _unseen(m), queries[m.key])
+        if m.kind is MetricKind.QUERY and m.key in queries
+        else known.get(m.key) or _unseen(m)
+        for m in spec.metrics
+    )
+    return judge(spec, tuple(updated))
 
 
 def judge(spec: RolloutSpec, metrics: tuple[MetricStatus, ...]) -> tuple[MetricStatus, ...]:
     """Give each metric its verdict; when only the mean shows harm, the worst metric carries the FAIL."""
-    family = combine(spec, metrics)
-    return tuple(m.model_copy(update={"verdict": _verdict(m, family)}) for m in metrics)
-
-
-def combine(spec: RolloutSpec, metrics: tuple[MetricStatus, ...]) -> Family:
-    """Harm: any E_j >= J/alpha_harm or mean E_j >= 1/alpha_harm. Non-inferior: all reach 1/alpha_promote.
-
-    The mean of e-values is an e-value under the global null whatever their dependence (Vovk & Wang, Annals
-    of Statistics 2021, prop. 3.1). Promotion is an intersection-union test, so each runs at the full alpha.
-    """
-    mean = two_sample.log_mean_exp([m.log_harm for m in metrics])
-    mean_at = math.log(1.0 / spec.alpha_harm)
-    each_at = math.log(len(metrics) / spec.alpha_harm)
-    promote_at = math.log(1.0 / spec.alpha_promote)
-    worst = max(metrics, key=lambda m: m.log_harm)
-    weakest = min(metrics, key=lambda m: m.log_noninferior)
-    return Family(
-        harm=mean >= mean_at or worst.log_harm >= each_at,
-        noninferior=weakest.log_noninferior >= promote_at,
-        log_mean_harm=mean,
-        log_harm_mean_at=mean_at,
-        log_harm_each_at=each_at,
-        log_promote_at=promote_at,
-        worst=worst,
-        weakest=weakest,
+    all_of = combine(spec, metrics)
+    roles = _roles(spec)
+    return tuple(
+        m.model_copy(update={"verdict": _verdict(m, roles[m.name], all_of, spec.alpha_harm)}) for m in metrics
     )
 
 
+def combine(spec: RolloutSpec, metrics: tuple[MetricStatus, ...]) -> Family:
+    """The rollout's metrics as one family: only guardrails throw back, guardrails and objectives promote."""
+    return family(metrics, _roles(spec), spec.alpha_harm, spec.alpha_promote)
+
+
 def windows_of(metric: MetricSpec, stable: ArmCounts, canary: ArmCounts) -> list[two_sample.Window]:
-    """The Bernoulli counts a metric is tested on: one window, or one per latency threshold."""
+    """The Bernoulli counts a rate is tested on: one window, or one per latency threshold; none for scores."""
     if metric.kind is MetricKind.ERRORS:
         return [two_sample.Window(stable.n, stable.errors, canary.n, canary.errors)]
     if metric.kind is MetricKind.QUALITY:
@@ -93,7 +84,7 @@ def windows_of(metric: MetricSpec, stable: ArmCounts, canary: ArmCounts) -> list
                 stable.graded(of), stable.failed(of, at), canary.graded(of), canary.failed(of, at)
             )
         ]
-    b, c = (getattr(arm, metric.kind.value) for arm in (stable, canary))
+    b, c = (getattr(arm, metric.kind.value, ()) for arm in (stable, canary))
     return [two_sample.Window(sum(b), above(b, t), sum(c), above(c, t)) for t in metric.thresholds_s]
 
 
@@ -102,24 +93,77 @@ def above(buckets: tuple[int, ...], threshold_s: float) -> int:
     return sum(buckets[LATENCY_BUCKETS_S.index(threshold_s) + 1 :])
 
 
-def _update_one(
-    metric: MetricSpec, before: MetricStatus, stable: ArmCounts, canary: ArmCounts
-) -> MetricStatus:
-    windows = windows_of(metric, stable, canary)
+def mean_score(counts: tuple[int, ...]) -> float | None:
+    """Mean of the scores counted on SCORE_VALUES; None without any."""
+    n = sum(counts)
+    return sum(i * k for i, k in enumerate(counts)) / (SCORE_STEPS * n) if n else None
+
+
+def _update_one(metric: MetricSpec, before: MetricStatus, window: SeenWindow) -> MetricStatus:
+    if metric.kind is MetricKind.QUERY:
+        return before
+    tolerance, margin = metric.harm_tolerance, _margin(metric)
+    if metric.kind is MetricKind.SCORE:
+        stable, canary = (arm.scores.get(metric.grader, ()) for arm in (window.stable, window.canary))
+        scores = betting.look(betting.load(before.state), stable, canary, tolerance, margin)
+        harm, good = betting.log_harm(scores), betting.log_noninferior(scores)
+        return _with(before, harm, good, betting.dump(scores))
+    if metric.kind is MetricKind.PAIRS:
+        judged = pairs.look(
+            pairs.load(before.state), window.pairs.scores.get(metric.grader, ()), tolerance, margin
+        )
+        return _with(before, pairs.log_harm(judged), pairs.log_noninferior(judged), pairs.dump(judged))
+    return _compare(metric, before, windows_of(metric, window.stable, window.canary))
+
+
+def _compare(metric: MetricSpec, before: MetricStatus, windows: list[two_sample.Window]) -> MetricStatus:
+    """Two-sample tests on one window, or on one per latency threshold."""
     tests = [
-        two_sample.look(_load(before, i, metric.kind), w, metric.harm_tolerance, metric.margin)
+        two_sample.look(_load(before, i, metric.kind), w, metric.harm_tolerance, _margin(metric))
         for i, w in enumerate(windows)
     ]
-    return MetricStatus(
-        name=metric.key,
-        kind=metric.kind,
+    return _with(
+        before,
         # Harm at any threshold is harm: the mean over thresholds is an e-value of "harmful at none".
-        log_harm=two_sample.log_mean_exp([two_sample.log_harm(t) for t in tests]),
+        log_mean_exp([two_sample.log_harm(t) for t in tests]),
         # Non-inferiority must hold at every threshold, so the weakest one speaks; a mean would let a student
         # that is slow in the tail pass on its median.
-        log_noninferior=min(two_sample.log_noninferior(t) for t in tests),
+        min(two_sample.log_noninferior(t) for t in tests),
+        {key: values for i, t in enumerate(tests) for key, values in _dump(t, i).items()},
+    )
+
+
+def _read_one(metric: MetricSpec, before: MetricStatus, reading: QueryReading) -> MetricStatus:
+    """Counters are compared like any rate; a value is held against its bound, look by look."""
+    assert metric.query is not None
+    if metric.query.value is None:
+        if reading.problem is not None:
+            return before
+        w = two_sample.Window(
+            reading.stable_total, reading.stable_bad, reading.canary_total, reading.canary_bad
+        )
+        after = _compare(metric, before, [w])
+        so_far = [float(a + b) for a, b in zip(before.state.get("counts", [0.0] * 4), w, strict=True)]
+        return after.model_copy(update={"state": {**after.state, "counts": so_far}})
+    row = before.state.get("row", [0.0])[0]
+    if reading.value is None:  # not a pass; nor does it end a row of broken looks
+        return _with(before, before.log_harm, 0.0, {"row": [row]})
+    broken = not metric.query.keeps(reading.value)
+    row = row + 1.0 if broken else 0.0
+    harm = CERTAIN if row >= metric.query.failures else 0.0
+    return _with(before, harm, 0.0 if broken else CERTAIN, {"row": [row], "value": [reading.value]})
+
+
+def _with(
+    before: MetricStatus, log_harm: float, log_noninferior: float, state: dict[str, list[float]]
+) -> MetricStatus:
+    return MetricStatus(
+        name=before.name,
+        kind=before.kind,
+        log_harm=log_harm,
+        log_noninferior=log_noninferior,
         verdict=before.verdict,
-        state={key: values for i, t in enumerate(tests) for key, values in _dump(t, i).items()},
+        state=state,
     )
 
 
@@ -127,18 +171,39 @@ def _unseen(metric: MetricSpec) -> MetricStatus:
     return MetricStatus(name=metric.key, kind=metric.kind)
 
 
-def _verdict(metric: MetricStatus, family: Family) -> Verdict:
-    if _canary_seen(metric) == 0:
+def _roles(spec: RolloutSpec) -> dict[str, Role]:
+    return {m.key: m.role for m in spec.metrics}
+
+
+def _margin(metric: MetricSpec) -> float:
+    """The boundary that a promotion must refute: worse by the margin, or (better) not better at all."""
+    return 0.0 if metric.better else metric.margin
+
+
+def _verdict(metric: MetricStatus, role: Role, all_of: Family, alpha_harm: float) -> Verdict:
+    if not _seen(metric):
         return Verdict.NO_DATA
-    if metric.log_harm >= family.log_harm_each_at or (family.harm and metric.name == family.worst.name):
+    each_at, carries = {
+        Role.GUARDRAIL: (all_of.log_harm_each_at, all_of.worst if all_of.harm else None),
+        Role.OBJECTIVE: (
+            all_of.log_objective_each_at,
+            all_of.worst_objective if all_of.objective_harm else None,
+        ),
+        Role.INFO: (log_each_at(alpha_harm, 1), None),
+    }[role]
+    if metric.log_harm >= each_at or (carries is not None and metric.name == carries.name):
         return Verdict.FAIL
-    if metric.log_noninferior >= family.log_promote_at:
+    if metric.log_noninferior >= all_of.log_promote_at:
         return Verdict.PASS
     return Verdict.INCONCLUSIVE
 
 
-def _canary_seen(metric: MetricStatus) -> float:
-    return max((values[2] for key, values in metric.state.items() if key.startswith("rates:")), default=0.0)
+def _seen(metric: MetricStatus) -> bool:
+    """Whether anything of the canary's was counted."""
+    state = metric.state
+    rates = any(values[2] > 0 for key, values in state.items() if key.startswith("rates:"))
+    moments = any(state[key][0] > 0 for key in ("canary", "seen") if key in state)
+    return rates or moments or "value" in state
 
 
 def _load(metric: MetricStatus, index: int, kind: MetricKind) -> two_sample.TwoSample:

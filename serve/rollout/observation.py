@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.config import Record
-from contracts.metrics import ArmCounts
+from contracts.metrics import PAIR, ArmCounts
 from contracts.rollout import RolloutStatus
 from contracts.traffic import Arm, Split
 
@@ -32,13 +32,46 @@ class SeenWindow(Record):
     split_version: int
     stable: ArmCounts = Field(default_factory=ArmCounts)
     canary: ArmCounts = Field(default_factory=ArmCounts)
+    pairs: ArmCounts = Field(default_factory=ArmCounts)
+    """Requests that both arms answered: `scores` count the canary's side of each, by judge."""
 
     def plus(self, arm: str, counts: ArmCounts) -> SeenWindow:
         """The window with an entry's counts added to its arm; shadow counts are nobody's evidence here."""
+        if arm == PAIR:
+            return self.model_copy(update={"pairs": self.pairs.plus(counts)})
         if arm == Arm.CANARY:
             return self.model_copy(update={"canary": self.canary.plus(counts)})
         if arm == Arm.STABLE:
             return self.model_copy(update={"stable": self.stable.plus(counts)})
+        return self
+
+
+class QueryReading(Record):
+    """What an external Prometheus answered to one metric's query at one look.
+
+    Counters: how much of `total` and `bad` each arm gained since the look before, at one instant for all
+    four; a value: the canary's. Anything else (unreachable, empty, NaN, a counter that cannot be) is a
+    `problem`: no data, never a pass.
+    """
+
+    stable_total: int = Field(default=0, ge=0)
+    stable_bad: int = Field(default=0, ge=0)
+    canary_total: int = Field(default=0, ge=0)
+    canary_bad: int = Field(default=0, ge=0)
+    value: float | None = Field(default=None, allow_inf_nan=False)
+    problem: str | None = None
+    """Why there is no answer, in a sentence for people."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> QueryReading:
+        for arm, bad, total in (
+            ("stable", self.stable_bad, self.stable_total),
+            ("canary", self.canary_bad, self.canary_total),
+        ):
+            if bad > total:
+                raise ValueError(f"query reading: {arm} has {bad} bad of {total}; say 'problem' instead")
+        if self.problem is not None and (self.value is not None or self.stable_total or self.canary_total):
+            raise ValueError("query reading: a 'problem' has no figures beside it")
         return self
 
 
@@ -50,6 +83,8 @@ class Observation(Record):
     """The route's split as it is stored now."""
     windows: tuple[SeenWindow, ...] = ()
     """Ledger counts beyond the status's cursor, by split version, oldest first."""
+    queries: dict[str, QueryReading] = Field(default_factory=dict)
+    """Answers to the queries of this look, by metric key; consumed with the windows."""
     cursor: dict[str, int] = Field(default_factory=dict)
     """The cursor once these windows are consumed."""
     commands: tuple[Asked, ...] = ()

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 
-from contracts.metrics import ArmCounts, MetricKind, MetricSpec
+from contracts.gates import Verdict
+from contracts.metrics import PAIR, ArmCounts, MetricKind, Role
 from contracts.rollout import MetricStatus, RolloutSpec, RolloutStatus
-from serve.rollout.evidence import Family, windows_of
+from serve.rollout.evidence import mean_score, windows_of
 from serve.rollout.stats import two_sample
+from serve.rollout.stats.combine import Family
 
 _WHAT = {
     MetricKind.ERRORS: "failed {c} against {b} on stable",
     MetricKind.QUALITY: "got {c} graded answers wrong against {b} on stable",
     MetricKind.TTFT: "took longer than {t:g} s to the first token in {c} against {b} on stable",
     MetricKind.E2E: "took longer than {t:g} s to the last token in {c} against {b} on stable",
+    MetricKind.QUERY: "had {c} bad against {b} on stable",
 }
 
 
@@ -44,7 +47,19 @@ def compared(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCount
     """What both arms did on one metric; for latency at the threshold where the canary looks worst."""
     wanted = next(m for m in spec.metrics if m.key == metric.name)
     stable, canary = (counts.get(arm, ArmCounts()) for arm in ("stable", "canary"))
+    if wanted.kind is MetricKind.SCORE:
+        c, b = (_scored(arm.scores.get(wanted.grader, ())) for arm in (canary, stable))
+        return f"canary scored {c} against {b} on stable"
+    if wanted.kind is MetricKind.PAIRS:
+        z = counts.get(PAIR, ArmCounts()).scores.get(wanted.grader, ())
+        half = len(z) // 2
+        won, lost = sum(z[half + 1 :]), sum(z[:half])
+        return f"canary was better in {won} and worse in {lost} of {sum(z)} pairs, {_scored(z)}"
+    if "value" in metric.state:
+        return f"canary's value is {metric.state['value'][0]:g}"
     windows = windows_of(wanted, stable, canary)
+    if wanted.kind is MetricKind.QUERY:
+        windows = [two_sample.Window(*(int(v) for v in metric.state.get("counts", [0.0] * 4)))]
     index = max(range(len(windows)), key=lambda i: _excess(windows[i]))
     w = windows[index]
     threshold = wanted.thresholds_s[index] if wanted.thresholds_s else 0.0
@@ -54,9 +69,11 @@ def compared(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCount
 def harm(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) -> str:
     """Why it is rolled back."""
     worst = family.worst
+    assert worst is not None, "harm is only ever shown on a guardrail"
     said = compared(spec, worst, counts)
     if worst.log_harm >= family.log_harm_each_at:
-        bound = f"{number(family.log_harm_each_at)} ({len(spec.metrics)} metrics / alpha {spec.alpha_harm:g})"
+        tests = sum(m.role is Role.GUARDRAIL for m in spec.metrics)
+        bound = f"{number(family.log_harm_each_at)} ({tests} guardrails / alpha {spec.alpha_harm:g})"
         return f"{worst.name}: {said}: harm e-value {number(worst.log_harm)} >= {bound}"
     bound = f"{number(family.log_harm_mean_at)} (1 / alpha {spec.alpha_harm:g})"
     return f"{worst.name}: {said}: mean harm e-value {number(family.log_mean_harm)} >= {bound}"
@@ -76,9 +93,7 @@ def promoted(spec: RolloutSpec, family: Family, counts: dict[str, ArmCounts]) ->
 
 def weak(spec: RolloutSpec, metric: MetricStatus, counts: dict[str, ArmCounts], needed: float) -> str:
     """Why a step is not left although its time is over."""
-    metric_spec: MetricSpec = next(m for m in spec.metrics if m.key == metric.name)
-    seen = sum(w.n_c for w in windows_of(metric_spec, ArmCounts(), counts.get("canary", ArmCounts())))
-    if seen == 0:
+    if metric.verdict is Verdict.NO_DATA:
         return f"no canary data on {metric.name} yet"
     return (
         f"{metric.name}: {compared(spec, metric, counts)}: "
@@ -99,6 +114,11 @@ def waiting(spec: RolloutSpec, status: RolloutStatus, now: float) -> str:
 
 def _share(k: int, n: int) -> str:
     return f"{k} of {n}" + (f" ({100 * k / n:.1f} %)" if n else "")
+
+
+def _scored(counts: tuple[int, ...]) -> str:
+    mean = mean_score(counts)
+    return "nothing" if mean is None else f"{mean:.3f} on average of {sum(counts)}"
 
 
 def _excess(w: two_sample.Window) -> float:

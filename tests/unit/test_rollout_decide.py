@@ -146,10 +146,15 @@ def test_noninferiority_of_latency_needs_every_threshold() -> None:
     canary = ArmCounts(n=100, ttft=buckets(ms_80=75, ms_2000=25))
     found = evidence.fresh(of)
     for _ in range(6):
-        found = evidence.update(of, found, stable, canary)
+        found = evidence.update(of, found, window(stable, canary))
     assert found[0].log_harm > math.log(20)
     assert found[0].log_noninferior < 0
     assert found[0].verdict is Verdict.FAIL
+
+
+def window(stable: ArmCounts, canary: ArmCounts) -> SeenWindow:
+    """Both arms under the first split of a ramp."""
+    return SeenWindow(split_version=2, stable=stable, canary=canary)
 
 
 def graded(n: int, passed: int, failed: int, errors: int = 0) -> ArmCounts:
@@ -187,7 +192,7 @@ def test_family_of_tests() -> None:
 def test_verdicts_without_canary_data_are_no_data() -> None:
     """Stable traffic alone never passes anything: no data is not a pass."""
     of = spec()
-    found = evidence.update(of, evidence.fresh(of), graded(5000, 5000, 0), ArmCounts())
+    found = evidence.update(of, evidence.fresh(of), window(graded(5000, 5000, 0), ArmCounts()))
     assert {m.verdict for m in found} == {Verdict.NO_DATA}
     assert all((m.log_harm, m.log_noninferior) == (0.0, 0.0) for m in found)
 
@@ -210,7 +215,7 @@ def test_status_survives_json_to_the_last_bit(windows: list[tuple[int, int, int,
             ArmCounts(n=n, errors=min(k, n), scores={GRADE: pass_fail(n, 0)})
             for n, k in ((n_b, k_b), (n_c, k_c))
         )
-        found = evidence.update(of, found, stable, canary)
+        found = evidence.update(of, found, window(stable, canary))
         status = initial(of).model_copy(update={"metrics": found})
         again = RolloutStatus.model_validate_json(status.model_dump_json())
         assert again == status
@@ -225,13 +230,13 @@ def test_the_rollback_sentence_has_the_numbers() -> None:
         graded(240, 237, 3),
         ArmCounts(),
     )
-    found = evidence.update(of, found, stable, canary)
+    found = evidence.update(of, found, window(stable, canary))
     canary = graded(14, 5, 9)
-    found = evidence.update(of, found, stable, canary)
+    found = evidence.update(of, found, window(stable, canary))
     said = sentences.harm(of, evidence.combine(of, found), {"stable": stable.plus(stable), "canary": canary})
     head = "quality: canary got 9 of 14 (64.3 %) graded answers wrong against 6 of 480 (1.2 %) on stable"
     assert said.startswith(f"{head}: harm e-value ")
-    assert said.endswith(">= 80.0 (4 metrics / alpha 0.05)")
+    assert said.endswith(">= 80.0 (4 guardrails / alpha 0.05)")
 
 
 def test_simulated_a_a_and_boundary_errors_stay_within_their_alphas() -> None:

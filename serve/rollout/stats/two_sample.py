@@ -12,8 +12,9 @@ Grünwald, arXiv 2203.09785.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
+
+from serve.rollout.stats.combine import log_mean_exp
 
 HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
     (0.005, 0.10),
@@ -158,13 +159,6 @@ def boundary_projection(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: f
     x = 2.0 * radius * math.cos((angle - math.tau) / 3.0) - third
     x -= (((x + square) * x + linear) * x + rest) / ((3.0 * x + 2.0 * square) * x + linear)
     return x - (((x + square) * x + linear) * x + rest) / ((3.0 * x + 2.0 * square) * x + linear)
-
-
-def log_mean_exp(logs: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    """Log of the (weighted) mean of exponentials, without overflow."""
-    parts = [1.0 / len(logs)] * len(logs) if weights is None else list(weights)
-    top = max(logs)
-    return top + math.log(math.fsum(w * math.exp(v - top) for v, w in zip(logs, parts, strict=True)))
 
 
 def _noninferior_alternatives(state: TwoSample, base: float, margin: float) -> tuple[float, float]:
