@@ -55,8 +55,17 @@ class Run:
     excess_wrong: float
 
 
-def simulate(spec: RolloutSpec, world: World, seed: int, max_s: float) -> Run:
-    """One rollout from its first step until decided or `max_s` simulated seconds; one tick a look."""
+def simulate(
+    spec: RolloutSpec,
+    world: World,
+    seed: int,
+    max_s: float,
+    each: Callable[[RolloutStatus], None] = lambda status: None,
+) -> Run:
+    """One rollout from its first step until decided or `max_s` simulated seconds; one tick a look.
+
+    `each` is called with every look's status.
+    """
     rng = np.random.default_rng(seed)
     timed = any(m.kind in LATENCY_KINDS for m in spec.metrics)
     status, split, start = _warm(spec)
@@ -66,6 +75,7 @@ def simulate(spec: RolloutSpec, world: World, seed: int, max_s: float) -> Run:
         window = _window(rng, world, split, spec.look_s, now - start, timed)
         decision = decide(spec, status, Observation(now=now, split=split, windows=(window,)))
         status, split = decision.status, decision.split or split
+        each(status)
     canary = status.total_counts.get("canary", ArmCounts())
     return Run(
         status=status,
