@@ -173,6 +173,8 @@ class ArmCounts(Record):
 
     def plus(self, other: ArmCounts) -> ArmCounts:
         """Sum of two counts."""
+        if not (self.n or self.errors or self.scores or self.ttft or self.e2e):
+            return other
         names = dict.fromkeys((*self.scores, *other.scores))
         return ArmCounts(
             n=self.n + other.n,

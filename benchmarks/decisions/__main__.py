@@ -7,6 +7,8 @@ writes nothing. Knows nothing about what a row is made of.
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import multiprocessing
 import sys
 from collections import defaultdict
@@ -18,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from benchmarks.decisions import tick
-from benchmarks.decisions.rows import COST, MULTIPLE, SCENARIOS, Found, Row, bars, rows
+from benchmarks.decisions.rows import BATCHES, COST, MULTIPLE, SCENARIOS, Found, Row, bars, rows
 from benchmarks.decisions.setting import RUNS, SEED
 from benchmarks.results import write
 
@@ -67,24 +69,29 @@ def _simulate(runs: int, processes: int, console: Console) -> Found:
     work = list(_work(runs))
     done: dict[str, dict[int, list[Any]]] = defaultdict(dict)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, multiprocessing.Pool(processes) as pool:
+    with Progress(*columns, console=console) as progress, multiprocessing.Pool(processes, gc.disable) as pool:
         total = progress.add_task("simulating", total=sum(_cost(w) for w in work))
         for item, ends in pool.imap_unordered(_run, work):
             done[item.scenario][item.seeds.start] = ends
             progress.update(total, advance=_cost(item), description=item.scenario)
-    return {name: [e for start in sorted(done[name]) for e in done[name][start]] for name in SCENARIOS}
+    return {
+        name: [e for start in sorted(done[name]) for e in done[name][start]]
+        for name in (*BATCHES, *SCENARIOS)
+    }
 
 
 def _work(runs: int) -> Iterator[Work]:
     """The longest first, so that no process is left with one at the end."""
-    for name in sorted(SCENARIOS, key=lambda n: -COST.get(n, _PLAIN_COST)):
-        count = runs * MULTIPLE.get(name, 1)
-        size = max(1, _CHUNK_COST // COST.get(name, _PLAIN_COST))
+    for name in sorted((*BATCHES, *SCENARIOS), key=lambda n: -COST.get(n, _PLAIN_COST)):
+        count = math.ceil(runs * MULTIPLE.get(name, 1))
+        size = 200 if name in BATCHES else max(1, _CHUNK_COST // COST.get(name, _PLAIN_COST))
         for first in range(0, count, size):
             yield Work(name, range(SEED + first, SEED + min(first + size, count)))
 
 
 def _run(work: Work) -> tuple[Work, list[Any]]:
+    if work.scenario in BATCHES:
+        return work, BATCHES[work.scenario](work.seeds)
     return work, [SCENARIOS[work.scenario](seed) for seed in work.seeds]
 
 

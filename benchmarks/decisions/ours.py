@@ -14,6 +14,7 @@ from benchmarks.decisions.setting import (
     DAY,
     HOUR,
     INCIDENT_EXTRA,
+    MARGIN,
     PER_MINUTE,
     WEIGHT,
     Ended,
@@ -22,7 +23,7 @@ from benchmarks.decisions.setting import (
     ramp_steps,
     spec,
 )
-from contracts.rollout import RolloutSpec, RolloutStatus, Step
+from contracts.rollout import RolloutSpec, Step
 from serve.rollout.policy import DEFAULT_STEPS
 from serve.rollout.simulate import ArmModel, World, simulate
 from serve.rollout.stats import detector, two_sample
@@ -90,23 +91,9 @@ def silent(seed: int) -> Ended:
 
 
 def low_traffic(steps: tuple[Step, ...], base: float = 0.0) -> Callable[[int], Ended]:
-    """Three requests a minute on the route for a day."""
-    at, of = world(per_minute=3.0, base=base), spec(steps=steps)
-    return lambda seed: ended(of, at, seed, DAY)
-
-
-def a_day(seed: int) -> tuple[Ended, float]:
-    """Equal arms for 24 hours: when thrown back if ever; and the minute of the detector's false alarm or 0.
-
-    The detector eats what the shipped evidence multiplied into its harm test at each look. After a rollback it
-    goes on on fresh windows, so that its day has 24 hours too.
-    """
-    watch = _Detector()
-    run = simulate(spec(hold_final=True), world(), seed, DAY * 60.0, watch.see)
-    rng = np.random.default_rng([seed, 1])
-    while watch.looks < DAY and not watch.alarm_at:
-        watch.draw(rng, BASE)
-    return Ended(run.status.decision or "", run.seconds / 60.0), watch.alarm_at
+    """Three requests a minute on the route for a day, a look every five minutes."""
+    at, of = world(per_minute=3.0, base=base), spec(steps=steps, look_s=300.0)
+    return lambda seed: ended(of, at, seed, DAY // 5)
 
 
 def late(seed: int) -> float:
@@ -126,40 +113,26 @@ def late(seed: int) -> float:
 
 
 class _Detector:
-    """The shipped e-detector over harm increments."""
+    """The shipped e-detector over the increments of the shipped harm test, on looks of S1."""
 
     def __init__(self) -> None:
         self.looks, self.alarm_at = 0, 0.0
-        self._state = detector.start()
-        self._test = two_sample.start(BASE)
-        self._seen = (0.0,) * len(two_sample.HARM_ALTERNATIVES)
-
-    def see(self, status: RolloutStatus) -> None:
-        """One look of decide(): the increment is what its stored harm products gained."""
-        harm = tuple(status.metrics[0].state["harm:0"])
-        self._fold(tuple(b - a for a, b in zip(self._seen, harm, strict=True)))
-        self._seen = harm
+        self._test, self._state = two_sample.start(BASE), detector.start()
 
     def draw(self, rng: np.random.Generator, canary_errors: float) -> None:
-        """One look of S1 straight through the two-sample test."""
+        """One look."""
         n_c = int(rng.poisson(PER_MINUTE * WEIGHT))
         n_b = int(rng.poisson(PER_MINUTE * (1.0 - WEIGHT)))
-        window = two_sample.Window(
-            n_b, int(rng.binomial(n_b, BASE)), n_c, int(rng.binomial(n_c, canary_errors))
-        )
-        after = two_sample.look(self._test, window, 0.0, 0.02)
-        self._fold(detector.harm_increments(self._test, after))
-        self._test = after
-
-    def _fold(self, increments: tuple[float, ...]) -> None:
+        k_b, k_c = int(rng.binomial(n_b, BASE)), int(rng.binomial(n_c, canary_errors))
+        after = two_sample.look(self._test, two_sample.Window(n_b, k_b, n_c, k_c), 0.0, MARGIN)
         self.looks += 1
-        self._state = detector.look(self._state, increments)
+        self._state = detector.look(self._state, detector.harm_increments(self._test, after))
+        self._test = after
         if not self.alarm_at and detector.alarmed(self._state):
             self.alarm_at = float(self.looks)
 
 
 SCENARIOS: dict[str, Callable[[int], object]] = {
-    "a_day": a_day,
     "+0.5": harm(0.005),
     "+1": harm(0.01),
     "+2": harm(0.02),

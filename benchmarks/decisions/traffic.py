@@ -35,10 +35,11 @@ class Traffic:
         per_minute: float = PER_MINUTE,
         base: float = BASE,
         incident: bool = False,
+        seed: int | tuple[int, ...] = SEED,
     ) -> None:
         self.runs, self.per_minute, self.base, self.extra = runs, per_minute, base, extra
         self._incident, self._minute = incident, 0
-        self._rng = np.random.default_rng(SEED)
+        self._rng = np.random.default_rng(seed)
 
     def minute(self, weight: float | Floats) -> Minute:
         """The next minute."""
@@ -58,5 +59,5 @@ class Traffic:
 
 
 def first_minute(hit: NDArray[np.bool_], every: int = 1) -> Floats:
-    """By run, the minute of the first True of [look, run], looks being `every` minutes apart; inf for none."""
+    """By run, the minute of the first True of [look, run], a look being `every` minutes; inf for none."""
     return np.where(hit.any(axis=0), (hit.argmax(axis=0) + 1.0) * every, np.inf)

@@ -52,36 +52,25 @@ class Run:
     status: RolloutStatus
     seconds: float
     """Simulated seconds from the first step to the decision (or to the end of the simulation)."""
-    excess_wrong: float
 
 
-def simulate(
-    spec: RolloutSpec,
-    world: World,
-    seed: int,
-    max_s: float,
-    each: Callable[[RolloutStatus], None] = lambda status: None,
-) -> Run:
-    """One rollout from its first step until decided or `max_s` simulated seconds; one tick a look.
-
-    `each` is called with every look's status.
-    """
+def simulate(spec: RolloutSpec, world: World, seed: int, max_s: float) -> Run:
+    """One rollout from its first step until decided or `max_s` simulated seconds; one tick a look."""
     rng = np.random.default_rng(seed)
     timed = any(m.kind in LATENCY_KINDS for m in spec.metrics)
+    return follow(spec, lambda split, t: draw_window(rng, world, split, spec.look_s, t, timed), max_s)
+
+
+def follow(spec: RolloutSpec, window: Callable[[Split, float], SeenWindow], max_s: float) -> Run:
+    """One rollout through decide(): `window` gives a look's counts, from the split and the seconds passed."""
     status, split, start = _warm(spec)
     now = start
     while now - start < max_s and status.decision is None:
         now += spec.look_s
-        window = _window(rng, world, split, spec.look_s, now - start, timed)
-        decision = decide(spec, status, Observation(now=now, split=split, windows=(window,)))
+        seen = Observation(now=now, split=split, windows=(window(split, now - start),))
+        decision = decide(spec, status, seen)
         status, split = decision.status, decision.split or split
-        each(status)
-    canary = status.total_counts.get("canary", ArmCounts())
-    return Run(
-        status=status,
-        seconds=now - start,
-        excess_wrong=canary.failed() - world.stable.wrong * canary.graded(),
-    )
+    return Run(status, now - start)
 
 
 def _warm(spec: RolloutSpec) -> tuple[RolloutStatus, Split, float]:
@@ -96,9 +85,10 @@ def _warm(spec: RolloutSpec) -> tuple[RolloutStatus, Split, float]:
     return status, split, spec.created_at
 
 
-def _window(
+def draw_window(
     rng: np.random.Generator, world: World, split: Split, seconds: float, t: float, timed: bool
 ) -> SeenWindow:
+    """Both arms' counts of `seconds` under a split, beginning `t` seconds into the ramp."""
     extra = world.incident(t)
     n = int(rng.poisson(world.per_s * seconds))
     n_canary = int(rng.binomial(n, split.weight))

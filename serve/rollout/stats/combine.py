@@ -21,6 +21,8 @@ def log_mean_exp(logs: Sequence[float], weights: Sequence[float] | None = None) 
     function that is (Vovk & Wang, Annals of Statistics 49(3), 2021, prop. 3.1); weights must be fixed before
     the data and sum to 1.
     """
+    if len(logs) == 1:
+        return logs[0]
     parts = [1.0 / len(logs)] * len(logs) if weights is None else list(weights)
     top = max(logs)
     return top + math.log(math.fsum(w * math.exp(v - top) for v, w in zip(logs, parts, strict=True)))

@@ -25,17 +25,17 @@ HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
     (0.40, 0.02),
     (0.75, 0.02),
 )
-"""(excess over the tolerance, prior weight). Most weight lies where a minute more or less is at stake: the three
-large ones catch a broken student within a handful of answers and need little, because their products grow by
-a factor of ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
+"""(excess over the tolerance, prior weight). Most weight lies where minutes are at stake: the three large ones
+catch a broken student within a handful of answers and need little, because their products grow by a factor of
+ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
 
-_MEMORY = 4000.0
+MEMORY = 4000.0
 """The running estimates forget beyond about this many requests, so that they follow a drifting base rate."""
 _SHRINK = 40.0
 """Pseudo-observations at the stable rate in the canary's estimate."""
-_LOWEST, _HIGHEST = 1e-4, 0.985
+LOWEST, HIGHEST = 1e-4, 0.985
 PRIOR_N = 100.0
-"""Pseudo-observations of stable before any window: about one look's worth, so a wrong guess is soon outvoted."""
+"""Pseudo-observations of stable before any window: a look's worth, so a wrong guess is soon outvoted."""
 
 
 class Window(NamedTuple):
@@ -104,7 +104,7 @@ def log_noninferior(state: TwoSample) -> float:
 
 def harm_log_e(window: Window, base: float, excess: float, tolerance: float) -> float:
     """One window against H0: p_c <= p_b + tolerance, alternative (base, base + tolerance + excess)."""
-    rate = min(base + tolerance + excess, _HIGHEST)
+    rate = min(base + tolerance + excess, HIGHEST)
     if rate <= base + tolerance:
         return 0.0
     return block_log_e(window, base, rate, tolerance)
@@ -164,15 +164,15 @@ def boundary_projection(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: f
 def _noninferior_alternatives(state: TwoSample, base: float, margin: float) -> tuple[float, float]:
     """Two predictable guesses of the canary's rate under 'no worse': its record, and the stable's rate."""
     shrunk = (state.canary_k + _SHRINK * base) / (state.canary_n + _SHRINK)
-    cap = min(base + margin / 2.0, _HIGHEST)
-    return min(max(shrunk, _LOWEST), cap), base
+    cap = min(base + margin / 2.0, HIGHEST)
+    return min(max(shrunk, LOWEST), cap), base
 
 
 def _remember(n: float, k: float, new_n: int, new_k: int) -> tuple[float, float]:
     total = n + new_n
-    keep = min(1.0, _MEMORY / total) if total > 0 else 1.0
+    keep = min(1.0, MEMORY / total) if total > 0 else 1.0
     return total * keep, (k + new_k) * keep
 
 
 def _clip(rate: float) -> float:
-    return min(max(rate, _LOWEST), _HIGHEST)
+    return min(max(rate, LOWEST), HIGHEST)
