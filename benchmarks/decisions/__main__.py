@@ -10,9 +10,11 @@ import argparse
 import gc
 import math
 import multiprocessing
+import pickle
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -43,7 +45,12 @@ def main() -> int:
     console = Console()
     tick_s = tick.seconds()
     console.print(f"one tick of 1,000 rollouts x 5 metrics: {tick_s:.3f} s of decide()")
-    found = _simulate(runs, args.processes, console)
+    if args.reuse:
+        found = pickle.loads(args.reuse.read_bytes())
+    else:
+        found = _simulate(runs, args.processes, console)
+    if args.keep:
+        args.keep.write_bytes(pickle.dumps(found))
     table = rows(found, runs)
     console.print(_table(table))
     met = bars(found, tick_s)
@@ -61,6 +68,8 @@ def _arguments() -> argparse.Namespace:
         "--runs", type=int, default=RUNS, help=f"runs a row; fewer than {RUNS} write no result"
     )
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="keep every run's outcome in this file")
+    parser.add_argument("--reuse", type=Path, help="outcomes kept before: only sum up, and time the tick")
     return parser.parse_args()
 
 
