@@ -208,4 +208,4 @@ def pass_fail(passed: int, failed: int) -> tuple[int, ...]:
 def _add(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     if not a or not b:
         return a or b
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+    return tuple([x + y for x, y in zip(a, b, strict=True)])  # a list is twice as fast here

@@ -12,6 +12,7 @@ Grünwald, arXiv 2203.09785.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve.rollout.stats.combine import log_mean_exp
@@ -25,9 +26,9 @@ HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
     (0.40, 0.02),
     (0.75, 0.02),
 )
-"""(excess over the tolerance, prior weight). Most weight lies where minutes are at stake; the three large ones
-catch a broken student within a handful of answers and need little, because their products grow by a factor
-of ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
+"""(excess over the tolerance, prior weight). Most weight lies where minutes are at stake; the three large
+ones catch a broken student within a handful of answers and need little, as their products grow by a factor of
+ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
 _EXCESSES = tuple(excess for excess, _ in HARM_ALTERNATIVES)
 HARM_WEIGHTS = tuple(weight for _, weight in HARM_ALTERNATIVES)
 
@@ -178,7 +179,8 @@ def _noninferior_alternatives(state: TwoSample, base: float, margin: float) -> t
 def _harmful(base: float, excess: float, tolerance: float) -> float:
     """Never below the boundary, where it would test the other direction."""
     boundary = base + tolerance
-    return max(min(boundary + excess, HIGHEST), boundary)
+    rate = boundary + excess
+    return rate if rate <= HIGHEST else max(HIGHEST, boundary)
 
 
 def _multiply(done: tuple[float, ...], gained: list[float]) -> tuple[float, ...]:
