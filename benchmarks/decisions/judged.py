@@ -1,8 +1,8 @@
 """Paired against unpaired judging: how many graded answers of the canary until equal arms are shown equal?
 
-Setting F of the research: nine answers in ten pass, margin 5 points of pass rate; paired, the arms disagree on
-7.2 % of the prompts. Both go through the shipped evidence, five judged prompts a look. Per sample both ways
-judge one answer of each arm. Knows nothing about rates or ramps.
+Setting F of the research: nine answers in ten pass, margin 5 points of pass rate; paired, the arms disagree
+on 7.2 % of the prompts. Both go through the shipped evidence, five judged prompts a look. A sample is one
+judged answer of each arm, either way. Knows nothing about rates or ramps.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from contracts.errors import NotFoundError
 from serve.rollout import view
+from serve.rollout.cli_plan import plan
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
 from serve.state.rollouts import StoredRollout
@@ -38,6 +39,9 @@ Config = Annotated[
 ]
 Why = Annotated[str, typer.Option("--reason", help="Why: goes into the audit trail.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+app.command()(plan)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
@@ -25,6 +26,8 @@ class StackHandle:
     policies: dict[str, RolloutPolicy]
     open_registry: Callable[[], Registry]
     """Opened only by the command that needs it: importing MLflow takes seconds."""
+    requests: Path | None = None
+    """The routers' request log."""
 
 
 def open_stack(config_path: str | None) -> StackHandle:
@@ -35,10 +38,13 @@ def open_stack(config_path: str | None) -> StackHandle:
     # By name: the stack's configuration knows both planes, and this plane must not import the other one.
     config = import_module("serve.config").load_serve_config(config_path)
     engine = open_state(config.state_url)
+    requests = Path(config.router_config().log.dir)
 
     def open_registry() -> Registry:
         from registry.mlflow_store import MlflowRegistry
 
         return MlflowRegistry(config.registry_uri)
 
-    return StackHandle(RolloutState(engine), TrafficState(engine), dict(config.policies), open_registry)
+    return StackHandle(
+        RolloutState(engine), TrafficState(engine), dict(config.policies), open_registry, requests
+    )
