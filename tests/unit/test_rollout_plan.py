@@ -58,7 +58,7 @@ def spec(*metrics: MetricSpec, **changes: Any) -> RolloutSpec:
 
 
 def test_the_log_is_counted_as_the_ledger_counts(tmp_path: Path) -> None:
-    """Errors, latencies of answered requests, grades; nobody's fault, other arms, other routes do not count."""
+    """Errors, latencies of answered requests, grades; nobody's fault, other arms and routes do not count."""
     write(
         tmp_path,
         [

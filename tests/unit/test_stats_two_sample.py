@@ -107,7 +107,7 @@ def test_projection_in_closed_form_is_the_root_that_bisection_finds() -> None:
 
 
 def test_an_alternative_never_crosses_its_own_boundary() -> None:
-    """Near a base rate of 1 the harm test compares nothing; it must not turn round and test the other side."""
+    """Near a base rate of 1 the harm test compares nothing; it must not turn round to the other side."""
     window = Window(100, 98, 20, 10)
     for excess, _ in HARM_ALTERNATIVES:
         assert two_sample.harm_log_e(window, 0.98, excess, 0.0125) == 0.0
