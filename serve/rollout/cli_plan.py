@@ -66,7 +66,8 @@ def sentences(made: Plan) -> list[str]:
     if made.median_min is None:
         said.append(
             f"A student as good as stable: {made.promoted:.0%} of {made.runs} simulated rollouts "
-            f"were promoted within {made.minutes:g} min. Give it more traffic, higher first weights or wider margins."
+            f"were promoted within {made.minutes:g} min. Give it more traffic, higher first weights or wider "
+            "margins."
         )
     else:
         p90 = f"{made.p90_min:.0f} min" if made.p90_min is not None else f"more than {made.minutes:g} min"
