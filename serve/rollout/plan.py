@@ -267,8 +267,8 @@ def _draw(
 
 
 def _shares(counts: tuple[int, ...]) -> Floats:
-    made = np.array(counts, dtype=float)
-    return made / made.sum()
+    made: Floats = np.array(counts, dtype=float) / sum(counts)
+    return made
 
 
 def _slower(shares: Floats, edge: int, excess: float) -> Floats:
@@ -297,8 +297,8 @@ def _has_data(metric: MetricSpec, counts: ArmCounts) -> bool:
     if metric.kind is MetricKind.ERRORS:
         return True
     if metric.kind in LATENCY_KINDS:
-        return sum(getattr(counts, metric.kind.value)) > 0
-    return metric.kind in (MetricKind.QUALITY, MetricKind.SCORE) and counts.graded(metric.grader) > 0
+        return bool(getattr(counts, metric.kind.value))
+    return metric.kind in (MetricKind.QUALITY, MetricKind.SCORE) and bool(counts.graded(metric.grader))
 
 
 def _base(metric: MetricSpec, counts: ArmCounts) -> float:
