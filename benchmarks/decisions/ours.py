@@ -66,9 +66,9 @@ def boundary(seed: int) -> Ended:
     return ended(spec(alpha_harm=_NEVER), world(0.02), seed, NI_LOOKS)
 
 
-def on_the_ramp(extra: float) -> Callable[[int], Ended]:
+def on_the_ramp(extra: float, evidence: float | None = 0.0) -> Callable[[int], Ended]:
     """The whole ramp 1-5-10-25-50 %."""
-    at, of = world(extra), spec(steps=ramp_steps())
+    at, of = world(extra), spec(steps=ramp_steps(evidence))
     return lambda seed: ended(of, at, seed, NI_LOOKS)
 
 
@@ -149,6 +149,8 @@ SCENARIOS: dict[str, Callable[[int], object]] = {
     "ramp +0": on_the_ramp(0.0),
     "ramp +2": on_the_ramp(0.02),
     "ramp +5": on_the_ramp(0.05),
+    "ramp +0, evidence ladder": on_the_ramp(0.0, None),
+    "ramp +2, evidence ladder": on_the_ramp(0.02, None),
     "incident": incident,
     "silent": silent,
     "low": low_traffic((Step(weight=WEIGHT, min_samples=30),)),

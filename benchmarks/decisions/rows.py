@@ -41,7 +41,7 @@ BATCHES: dict[str, Callable[[Sequence[int]], list[Any]]] = {"a_day": day.days}
 MULTIPLE: dict[str, float] = {
     "a_day": 3,
     **dict.fromkeys(("+1", "+2", "+5", "promote +0", "ramp +0"), 2),
-    **dict.fromkeys((name for name in ours.SCENARIOS if "tolerant" in name), 0.25),
+    **dict.fromkeys((name for name in ours.SCENARIOS if "tolerant" in name or "ladder" in name), 0.25),
     **dict.fromkeys(("low, 1 % errors", "low, default ramp"), 0.25),
     "silent": 0.05,
 }

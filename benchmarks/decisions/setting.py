@@ -63,9 +63,12 @@ def spec(
     return RolloutSpec(**{**made, **changes})  # type: ignore[arg-type]
 
 
-def ramp_steps() -> tuple[Step, ...]:
-    """The ramp as our policy says it."""
-    return tuple(Step(weight=w, min_samples=n, min_dwell_s=60.0 * DWELL) for w, n in RAMP)
+def ramp_steps(evidence: float | None = 0.0) -> tuple[Step, ...]:
+    """The ramp as our policy says it: samples and dwell open a step, full evidence only the promotion.
+
+    `evidence` None is the policy's default, a ladder of evidence for every step.
+    """
+    return tuple(Step(weight=w, min_samples=n, min_dwell_s=60.0 * DWELL, evidence=evidence) for w, n in RAMP)
 
 
 def in_incident(minute: float) -> bool:
