@@ -50,6 +50,7 @@ def days(seeds: Sequence[int]) -> list[tuple[Ended, float]]:
 def screen(traffic: Minute) -> tuple[Floats, Floats]:
     """Logs of the harm e-process and of the detector, [look, run], as two_sample and detector define them."""
     excess, weights = (np.array(column)[:, None] for column in zip(*HARM_ALTERNATIVES, strict=True))
+    late_weights = np.array(detector.HARM_WEIGHTS)[:, None]
     runs = traffic.n_c.shape[1]
     fresh = two_sample.start(BASE)
     base_n, base_k = np.full(runs, fresh.base_n), np.full(runs, fresh.base_k)
@@ -65,7 +66,7 @@ def screen(traffic: Minute) -> tuple[Floats, Floats]:
         gained = np.where((n_b > 0) & (n_c > 0), gained, 0.0)
         done, watch = done + gained, np.maximum(watch, 0.0) + gained
         harm[look] = np.log((weights * np.exp(done)).sum(axis=0))
-        alarm[look] = np.log((weights * np.exp(watch)).sum(axis=0))
+        alarm[look] = np.log((late_weights * np.exp(watch)).sum(axis=0))
         keep = np.minimum(1.0, two_sample.MEMORY / (base_n + n_b))
         base_n, base_k = (base_n + n_b) * keep, (base_k + k_b) * keep
     return harm, alarm
