@@ -174,6 +174,8 @@ class ArmCounts(Record):
 
     def plus(self, other: ArmCounts) -> ArmCounts:
         """Sum of two counts."""
+        if not (self.n or self.errors or self.scores or self.ttft or self.e2e):
+            return other
         names = dict.fromkeys((*self.scores, *other.scores))
         # Sums of valid counts are valid: validating them again would be a third of a controller's tick.
         return ArmCounts.model_construct(

@@ -136,6 +136,13 @@ def measure(world: TickWorld, looks: int = 5) -> list[dict[str, Any]]:
     return rows
 
 
+def seconds(rollouts: int = 1000, looks: int = 3) -> float:
+    """Seconds (wall) of the median tick in which every rollout is due, written to disk and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(build(Path(folder), rollouts), looks)
+    return float(np.median([row["due"]["wall_s"] for row in rows]))
+
+
 def restarted(world: TickWorld) -> dict[str, float]:
     """Seconds of the first tick of another process: everything is read and parsed again."""
     fresh = Controller(world.engine, FakeDeployer(), holder="bench", clock=world.clock)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from contracts.errors import NotFoundError
 from serve.rollout import cli_report, cli_watch, view
+from serve.rollout.cli_plan import plan
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.messages import messages_table
 from serve.rollout.policy import ab_policy
@@ -39,6 +40,9 @@ Config = Annotated[
 ]
 Why = Annotated[str, typer.Option("--reason", help="Why: goes into the audit trail.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+app.command()(plan)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts, pass_fail
+from contracts.metrics import GRADE, LATENCY_BUCKETS_S, LATENCY_KINDS, ArmCounts, pass_fail
 from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from contracts.traffic import Split, Upstream
 from serve.rollout.decide import decide, initial
@@ -52,25 +52,25 @@ class Run:
     status: RolloutStatus
     seconds: float
     """Simulated seconds from the first step to the decision (or to the end of the simulation)."""
-    excess_wrong: float
 
 
 def simulate(spec: RolloutSpec, world: World, seed: int, max_s: float) -> Run:
     """One rollout from its first step until decided or `max_s` simulated seconds; one tick a look."""
     rng = np.random.default_rng(seed)
+    timed = any(m.kind in LATENCY_KINDS for m in spec.metrics)
+    return follow(spec, lambda split, t: draw_window(rng, world, split, spec.look_s, t, timed), max_s)
+
+
+def follow(spec: RolloutSpec, window: Callable[[Split, float], SeenWindow], max_s: float) -> Run:
+    """One rollout through decide(): `window` gives a look's counts, from the split and the seconds passed."""
     status, split, start = _warm(spec)
     now = start
     while now - start < max_s and status.decision is None:
         now += spec.look_s
-        window = _window(rng, world, split, spec.look_s, now - start)
-        decision = decide(spec, status, Observation(now=now, split=split, windows=(window,)))
+        seen = Observation(now=now, split=split, windows=(window(split, now - start),))
+        decision = decide(spec, status, seen)
         status, split = decision.status, decision.split or split
-    canary = status.total_counts.get("canary", ArmCounts())
-    return Run(
-        status=status,
-        seconds=now - start,
-        excess_wrong=canary.failed() - world.stable.wrong * canary.graded(),
-    )
+    return Run(status, now - start)
 
 
 def _warm(spec: RolloutSpec) -> tuple[RolloutStatus, Split, float]:
@@ -85,21 +85,32 @@ def _warm(spec: RolloutSpec) -> tuple[RolloutStatus, Split, float]:
     return status, split, spec.created_at
 
 
-def _window(rng: np.random.Generator, world: World, split: Split, seconds: float, t: float) -> SeenWindow:
+def draw_window(
+    rng: np.random.Generator, world: World, split: Split, seconds: float, t: float, timed: bool
+) -> SeenWindow:
+    """Both arms' counts of `seconds` under a split, beginning `t` seconds into the ramp."""
     extra = world.incident(t)
     n = int(rng.poisson(world.per_s * seconds))
     n_canary = int(rng.binomial(n, split.weight))
     return SeenWindow(
         split_version=split.version,
-        stable=draw_counts(rng, world.stable, n - n_canary, extra, world.graded),
-        canary=draw_counts(rng, world.canary, n_canary, extra, world.graded),
+        stable=draw_counts(rng, world.stable, n - n_canary, extra, world.graded, timed),
+        canary=draw_counts(rng, world.canary, n_canary, extra, world.graded, timed),
     )
 
 
 def draw_counts(
-    rng: np.random.Generator, arm: ArmModel, n: int, extra: float = 0.0, share: float = 1.0
+    rng: np.random.Generator,
+    arm: ArmModel,
+    n: int,
+    extra: float = 0.0,
+    share: float = 1.0,
+    timed: bool = True,
 ) -> ArmCounts:
-    """Outcomes of `n` requests of an arm. `extra` errors come on top, `share` of the answers get a grade."""
+    """Outcomes of `n` requests of an arm. `extra` errors come on top, `share` of the answers get a grade.
+
+    Drawing latencies takes most of the time: not `timed` leaves them out.
+    """
     errors = int(rng.binomial(n, min(1.0, arm.errors + extra)))
     answered = n - errors
     graded = int(rng.binomial(answered, share))
@@ -107,9 +118,9 @@ def draw_counts(
     return ArmCounts(
         n=n,
         errors=errors,
-        scores={GRADE: pass_fail(graded - wrong, wrong)},
-        ttft=_latencies(rng, arm.ttft_s, arm.spread, answered),
-        e2e=_latencies(rng, arm.e2e_s, arm.spread, answered),
+        scores={GRADE: pass_fail(graded - wrong, wrong)} if graded else {},
+        ttft=_latencies(rng, arm.ttft_s, arm.spread, answered) if timed else (),
+        e2e=_latencies(rng, arm.e2e_s, arm.spread, answered) if timed else (),
     )
 
 

@@ -87,6 +87,55 @@ def test_projection_solves_its_equation_over_extreme_inputs() -> None:
         assert abs(slope) <= 1e-9 * scale
 
 
+def test_projection_in_closed_form_is_the_root_that_bisection_finds() -> None:
+    """A cubic has three roots; taking another one, or a rounded one, would break validity silently."""
+    rng = np.random.default_rng(1)
+    for _ in range(2000):
+        n_b, n_c = (int(n) for n in 10 ** rng.uniform(0, 5, 2))
+        alt_b, alt_c = (float(p) for p in np.minimum(10 ** rng.uniform(-4, 0, 2), 0.985))
+        delta = float(rng.choice([0.001, 0.005, 0.0125, 0.05, 0.3]))
+        lo, hi = 0.0, 1.0 - delta
+        for _ in range(200):
+            x = 0.5 * (lo + hi)
+            y = x + delta
+            if x in (lo, hi):
+                break
+            rising = n_b * (alt_b - x) * y * (1 - y) + n_c * (alt_c - y) * x * (1 - x) > 0
+            lo, hi = (x, hi) if rising else (lo, x)
+        found = two_sample.boundary_projection(n_b, n_c, alt_b, alt_c, delta)
+        assert found == pytest.approx(lo, rel=1e-6, abs=1e-13)
+
+
+def test_an_alternative_never_crosses_its_own_boundary() -> None:
+    """Near a base rate of 1 the harm test compares nothing; it must not turn round to the other side."""
+    window = Window(100, 98, 20, 10)
+    for excess, _ in HARM_ALTERNATIVES:
+        assert two_sample.harm_log_e(window, 0.98, excess, 0.0125) == 0.0
+    assert two_sample.block_log_es(window, 0.5, (0.52, 0.6), 0.02)[0] == 0.0
+
+
+def test_harm_weights_are_a_prior() -> None:
+    """They sum to 1: more would make the mixture reject too often."""
+    assert math.fsum(two_sample.HARM_WEIGHTS) == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_first_look_is_valid_as_a_whole(shape: tuple[int, int]) -> None:
+    """The mixtures over all alternatives, with tolerance 0 and with one: E[e] <= 1 on their boundaries."""
+    n_b, n_c = shape
+    for tolerance, margin in ((0.0, 0.02), (0.005, 0.05)):
+        looks = {
+            (kb, kc): two_sample.look(two_sample.start(0.01), Window(n_b, kb, n_c, kc), tolerance, margin)
+            for kb in range(n_b + 1)
+            for kc in range(n_c + 1)
+        }
+        harm = {k: two_sample.log_harm(s) for k, s in looks.items()}
+        good = {k: two_sample.log_noninferior(s) for k, s in looks.items()}
+        for p_b in (0.0, 0.01, 0.1, 0.5, 0.9):
+            assert expectation(n_b, n_c, p_b, min(1.0, p_b + tolerance), harm) <= 1.0 + 1e-9
+            assert expectation(n_b, n_c, p_b, min(1.0, p_b + margin), good) <= 1.0 + 1e-9
+
+
 def test_swapping_the_arms_mirrors_the_e_value() -> None:
     """With delta = 0 canary and stable are interchangeable; GrowthBook #6020 swapped its arms unnoticed."""
     one = two_sample.block_log_e(Window(40, 2, 20, 9), 0.05, 0.4, 0.0)

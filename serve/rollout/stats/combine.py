@@ -21,9 +21,12 @@ def log_mean_exp(logs: Sequence[float], weights: Sequence[float] | None = None) 
     function that is (Vovk & Wang, Annals of Statistics 49(3), 2021, prop. 3.1); weights must be fixed before
     the data and sum to 1.
     """
-    parts = [1.0 / len(logs)] * len(logs) if weights is None else list(weights)
-    top = max(logs)
-    return top + math.log(math.fsum(w * math.exp(v - top) for v, w in zip(logs, parts, strict=True)))
+    if len(logs) == 1:
+        return logs[0]
+    top, exp = max(logs), math.exp
+    if weights is None:
+        return top + math.log(math.fsum([exp(v - top) for v in logs]) / len(logs))
+    return top + math.log(math.fsum([w * exp(v - top) for v, w in zip(logs, weights, strict=True)]))
 
 
 def log_over_strata(logs: Sequence[float], shares: Sequence[float] | None = None) -> float:

@@ -26,7 +26,9 @@ from serve.rollout.stats.two_sample import HARM_ALTERNATIVES, TwoSample
 
 ARL = 28_800.0
 """Looks between false alarms at least, on average: 20 days of looks a minute."""
-HARM_WEIGHTS = tuple(weight for _, weight in HARM_ALTERNATIVES)
+HARM_WEIGHTS = (0.02, 0.10, 0.75, 0.09, 0.02, 0.01, 0.01)
+"""By alternative: most on +2 points, the late regression whose minutes this pays for; the larger ones need no
+weight, the smaller ones cannot be seen at this ARL within hours (docs/decisions/0010)."""
 _HIGHEST = 0.985
 
 

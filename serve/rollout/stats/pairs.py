@@ -27,7 +27,7 @@ from serve.rollout.stats.combine import log_mean_exp
 
 HARM_WEIGHTS = (0.4, *(0.1,) * len(FRACTIONS))
 """aGRAPA, then FRACTIONS."""
-NONINFERIOR_WEIGHTS = (0.3, 0.34, *(0.06,) * len(FRACTIONS))
+NONINFERIOR_WEIGHTS = (0.2, 0.56, *(0.04,) * len(FRACTIONS))
 """aGRAPA on the record, the bet that is best if both arms are equal, then FRACTIONS."""
 
 _SHRINK = 20.0

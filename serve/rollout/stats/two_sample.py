@@ -12,27 +12,33 @@ Grünwald, arXiv 2203.09785.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve.rollout.stats.combine import log_mean_exp
 
 HARM_ALTERNATIVES: tuple[tuple[float, float], ...] = (
-    (0.005, 0.16),
-    (0.01, 0.18),
-    (0.02, 0.22),
-    (0.05, 0.24),
-    (0.15, 0.14),
-    (0.40, 0.03),
-    (0.75, 0.03),
+    (0.005, 0.10),
+    (0.01, 0.30),
+    (0.02, 0.35),
+    (0.05, 0.17),
+    (0.15, 0.04),
+    (0.40, 0.02),
+    (0.75, 0.02),
 )
-"""(excess over the tolerance, prior weight). The two large ones catch a broken student within a handful of
-answers; they need little weight because their products grow by a factor of ten or more per failure."""
+"""(excess over the tolerance, prior weight). Most weight lies where minutes are at stake; the three large
+ones catch a broken student within a handful of answers and need little, as their products grow by a factor of
+ten or more per failure. Tuned in setting S1 (docs/decisions/0010)."""
+_EXCESSES = tuple(excess for excess, _ in HARM_ALTERNATIVES)
+HARM_WEIGHTS = tuple(weight for _, weight in HARM_ALTERNATIVES)
 
-_MEMORY = 4000.0
+MEMORY = 4000.0
 """The running estimates forget beyond about this many requests, so that they follow a drifting base rate."""
 _SHRINK = 40.0
 """Pseudo-observations at the stable rate in the canary's estimate."""
-_LOWEST, _HIGHEST = 1e-4, 0.985
+LOWEST, HIGHEST = 1e-4, 0.985
+PRIOR_N = 100.0
+"""Pseudo-observations of stable before any window: a look's worth, so a wrong guess is soon outvoted."""
 
 
 class Window(NamedTuple):
@@ -55,7 +61,7 @@ class TwoSample(NamedTuple):
     noninferior: tuple[float, ...]
 
 
-def start(prior_rate: float, prior_n: float = 20.0) -> TwoSample:
+def start(prior_rate: float, prior_n: float = PRIOR_N) -> TwoSample:
     """Fresh tests; the prior only steers the first windows' alternatives, validity never depends on it."""
     return TwoSample(
         base_n=prior_n,
@@ -76,14 +82,10 @@ def look(state: TwoSample, window: Window, tolerance: float, margin: float) -> T
     harm, noninferior = state.harm, state.noninferior
     if window.n_b > 0 and window.n_c > 0:
         base = _clip(state.base_k / state.base_n)
-        harm = tuple(
-            done + harm_log_e(window, base, excess, tolerance)
-            for done, (excess, _) in zip(harm, HARM_ALTERNATIVES, strict=True)
-        )
-        noninferior = tuple(
-            done + noninferior_log_e(window, base, rate, margin)
-            for done, rate in zip(noninferior, _noninferior_alternatives(state, base, margin), strict=True)
-        )
+        worse = [_harmful(base, excess, tolerance) for excess in _EXCESSES]
+        harm = _multiply(harm, block_log_es(window, base, worse, tolerance))
+        good = _noninferior_alternatives(state, base, margin)
+        noninferior = _multiply(noninferior, block_log_es(window, base, good, margin))
     base_n, base_k = _remember(state.base_n, state.base_k, window.n_b, window.k_b)
     canary_n, canary_k = _remember(state.canary_n, state.canary_k, window.n_c, window.k_c)
     return TwoSample(base_n, base_k, canary_n, canary_k, harm, noninferior)
@@ -91,7 +93,7 @@ def look(state: TwoSample, window: Window, tolerance: float, margin: float) -> T
 
 def log_harm(state: TwoSample) -> float:
     """Log of the mixture over alternatives: a weighted mean of e-processes is an e-process."""
-    return log_mean_exp(state.harm, [weight for _, weight in HARM_ALTERNATIVES])
+    return log_mean_exp(state.harm, HARM_WEIGHTS)
 
 
 def log_noninferior(state: TwoSample) -> float:
@@ -101,10 +103,7 @@ def log_noninferior(state: TwoSample) -> float:
 
 def harm_log_e(window: Window, base: float, excess: float, tolerance: float) -> float:
     """One window against H0: p_c <= p_b + tolerance, alternative (base, base + tolerance + excess)."""
-    rate = min(base + tolerance + excess, _HIGHEST)
-    if rate <= base + tolerance:
-        return 0.0
-    return block_log_e(window, base, rate, tolerance)
+    return block_log_e(window, base, _harmful(base, excess, tolerance), tolerance)
 
 
 def noninferior_log_e(window: Window, base: float, rate: float, margin: float) -> float:
@@ -120,57 +119,79 @@ def block_log_e(window: Window, alt_b: float, alt_c: float, delta: float) -> flo
     ln E[e] <= n_b a_b (p_b - x) + n_c a_c (p_c - x - delta), and the projection makes n_b a_b = -n_c a_c, so
     this is n_c a_c (p_c - p_b - delta): never positive on the side of the null away from the alternative.
     """
+    return block_log_es(window, alt_b, (alt_c,), delta)[0]
+
+
+def block_log_es(window: Window, alt_b: float, alts_c: Sequence[float], delta: float) -> list[float]:
+    """`block_log_e` for several canary rates at once; 0 for one on the boundary, which would compare nothing.
+
+    Most of a controller's arithmetic happens here, so what the alternatives share is computed once.
+    """
     n_b, k_b, n_c, k_c = window
     if n_b <= 0 or n_c <= 0:
-        return 0.0
-    x = boundary_projection(n_b, n_c, alt_b, alt_c, delta)
-    y = x + delta
-    return (
-        k_b * math.log(alt_b / x)
-        + (n_b - k_b) * math.log((1.0 - alt_b) / (1.0 - x))
-        + k_c * math.log(alt_c / y)
-        + (n_c - k_c) * math.log((1.0 - alt_c) / (1.0 - y))
-    )
+        return [0.0] * len(alts_c)
+    ok_b, ok_c, log = n_b - k_b, n_c - k_c, math.log
+    known = k_b * log(alt_b) + ok_b * log(1.0 - alt_b)
+    logs = []
+    for alt_c in alts_c:
+        if alt_c == alt_b + delta:
+            logs.append(0.0)
+            continue
+        x = boundary_projection(n_b, n_c, alt_b, alt_c, delta)
+        y = x + delta
+        alternative = known + k_c * log(alt_c) + ok_c * log(1.0 - alt_c)
+        null = k_b * log(x) + ok_b * log(1.0 - x) + k_c * log(y) + ok_c * log(1.0 - y)
+        logs.append(alternative - null)
+    return logs
 
 
 def boundary_projection(n_b: int, n_c: int, alt_b: float, alt_c: float, delta: float) -> float:
     """The x that minimises KL((alt_b, alt_c) || (x, x + delta)) weighted by the arms' sizes.
 
-    Root of n_b(alt_b - x)/(x(1-x)) + n_c(alt_c - x - delta)/((x+delta)(1-x-delta)), which falls in x: Newton
-    steps kept inside a bisection bracket.
+    Root of n_b(alt_b - x)/(x(1-x)) + n_c(alt_c - x - delta)/((x+delta)(1-x-delta)), which falls in x. Cleared
+    of its denominators that is a cubic with three real roots, and ours is the middle one (as in Farrington &
+    Manning, Statistics in Medicine 9 (1990), appendix). A Newton step takes the cosine's rounding away.
     """
-    lo, hi = max(0.0, -delta), min(1.0, 1.0 - delta)
-    x = min(max((n_b * alt_b + n_c * (alt_c - delta)) / (n_b + n_c), lo + 1e-9), hi - 1e-9)
-    for _ in range(100):
-        y = x + delta
-        slope_b, slope_c = alt_b / x, (1.0 - alt_b) / (1.0 - x)
-        grow_c, fall_c = alt_c / y, (1.0 - alt_c) / (1.0 - y)
-        value = n_b * (slope_b - slope_c) + n_c * (grow_c - fall_c)
-        if value > 0.0:
-            lo = x
-        else:
-            hi = x
-        curve = n_b * (slope_b / x + slope_c / (1.0 - x)) + n_c * (grow_c / y + fall_c / (1.0 - y))
-        step = x + value / curve
-        new = step if lo < step < hi else 0.5 * (lo + hi)
-        if abs(new - x) <= 1e-15:
-            return new
-        x = new
-    return x
+    if delta == 0.0:
+        return (n_b * alt_b + n_c * alt_c) / (n_b + n_c)
+    share_b = n_b / (n_b + n_c)
+    share_c = 1.0 - share_b
+    spread, shifted = delta * (1.0 - delta), alt_c - delta
+    # x³ + square x² + linear x + rest = 0
+    square = -(share_b * (alt_b + 1.0 - 2.0 * delta) + share_c * (shifted + 1.0))
+    linear = share_b * (alt_b * (1.0 - 2.0 * delta) - spread) + share_c * shifted
+    rest = share_b * alt_b * spread
+    third = square / 3.0
+    radius = math.sqrt(third * third - linear / 3.0)
+    ratio = (0.5 * third * linear - third * third * third - 0.5 * rest) / (radius * radius * radius)
+    angle = math.acos(min(max(ratio, -1.0), 1.0))
+    x = 2.0 * radius * math.cos((angle - math.tau) / 3.0) - third
+    return x - (((x + square) * x + linear) * x + rest) / ((3.0 * x + 2.0 * square) * x + linear)
 
 
 def _noninferior_alternatives(state: TwoSample, base: float, margin: float) -> tuple[float, float]:
     """Two predictable guesses of the canary's rate under 'no worse': its record, and the stable's rate."""
     shrunk = (state.canary_k + _SHRINK * base) / (state.canary_n + _SHRINK)
-    cap = min(base + margin / 2.0, _HIGHEST)
-    return min(max(shrunk, _LOWEST), cap), base
+    cap = min(base + margin / 2.0, HIGHEST)
+    return min(max(shrunk, LOWEST), cap), base
+
+
+def _harmful(base: float, excess: float, tolerance: float) -> float:
+    """Never below the boundary, where it would test the other direction."""
+    boundary = base + tolerance
+    rate = boundary + excess
+    return rate if rate <= HIGHEST else max(HIGHEST, boundary)
+
+
+def _multiply(done: tuple[float, ...], gained: list[float]) -> tuple[float, ...]:
+    return tuple([a + b for a, b in zip(done, gained, strict=True)])
 
 
 def _remember(n: float, k: float, new_n: int, new_k: int) -> tuple[float, float]:
     total = n + new_n
-    keep = min(1.0, _MEMORY / total) if total > 0 else 1.0
+    keep = min(1.0, MEMORY / total) if total > 0 else 1.0
     return total * keep, (k + new_k) * keep
 
 
 def _clip(rate: float) -> float:
-    return min(max(rate, _LOWEST), _HIGHEST)
+    return min(max(rate, LOWEST), HIGHEST)
