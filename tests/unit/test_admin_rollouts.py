@@ -22,6 +22,7 @@ from serve.admin.rollouts import LOOKS, MAX_REASON, RECENT
 from serve.rollout.decide import initial
 from serve.rollout.start import ask
 from serve.state.keys import KeyState, new_key
+from serve.state.rollouts import Tick
 from serve.state.tables import audit
 from tests.unit.rollout_world import TEACHER, World
 from tests.unit.test_admin_api import error
@@ -59,7 +60,7 @@ def more(world: World, count: int, route: str = "support") -> list[str]:
         stored_id = spec.id
         world.rollouts.create(spec.model_copy(update={"route": f"{route}-{i}"}), status)
         stored = world.rollouts.get(stored_id)
-        world.rollouts.save_tick(stored, status.model_copy(update={"phase": Phase.ABORTED}), [])
+        world.rollouts.save_tick(Tick(stored, status.model_copy(update={"phase": Phase.ABORTED})))
         ids.append(stored_id)
     return ids
 
@@ -77,9 +78,10 @@ def status(phase: Phase, paused: bool = False) -> RolloutStatus:
         (Phase.PENDING, False, ["pause", "abort"]),
         (Phase.PENDING, True, ["resume", "abort"]),
         (Phase.WARMING, False, ["pause", "abort"]),
-        (Phase.RAMPING, False, ["pause", "promote", "abort"]),
-        (Phase.HELD, False, ["pause", "promote", "abort"]),
-        (Phase.PAUSED, True, ["resume", "promote", "abort"]),
+        (Phase.RAMPING, False, ["pause", "approve", "promote", "abort"]),
+        (Phase.HELD, False, ["pause", "approve", "promote", "abort"]),
+        (Phase.PAUSED, True, ["resume", "approve", "promote", "abort"]),
+        (Phase.WATCHING, False, ["promote", "abort"]),
         (Phase.PROMOTING, False, []),
         (Phase.PROMOTED, False, []),
         (Phase.ROLLING_BACK, False, []),
@@ -90,8 +92,7 @@ def status(phase: Phase, paused: bool = False) -> RolloutStatus:
 def test_each_phase_has_its_verbs(phase: Phase, paused: bool, verbs: list[str]) -> None:
     """What is offered is exactly what is accepted, for everybody who asks."""
     now = status(phase, paused)
-    basic = ["pause", "resume", "promote", "abort"]
-    assert [v for v in allowed(now) if v in basic] == verbs
+    assert allowed(now) == verbs
     for verb in VERBS:
         if verb in allowed(now):
             check_verb(verb, now)
