@@ -109,8 +109,8 @@ class RolloutSpec(Record):
     srm: SrmRule = SrmRule.HOLD
     alpha_srm: float = Field(default=0.001, gt=0, lt=1)
     """A step's sample-ratio mismatch is shown at an e-value of 1/alpha_srm."""
-    srm_unit_requests: float = Field(default=1.0, ge=1)
-    """Requests a conversation usually makes: they are assigned together and count as one there."""
+    srm_unit_requests: float = Field(default=10.0, ge=1)
+    """Requests that count as one in the sample-ratio check, because conversations are assigned whole."""
     watch_s: float = Field(default=0.0, ge=0)
     """Seconds in which late harm restores the former stable after the promotion; 0: no watch."""
     holdback: float = Field(default=0.05, gt=0, le=0.5)

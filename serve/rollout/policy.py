@@ -71,8 +71,9 @@ class RolloutPolicy(StrictConfig):
     """What to do when the canary does not get the share of requests that it was given."""
     alpha_srm: float = Field(default=0.001, gt=0, lt=1)
     """Chance at most that a step with a sound split is said to have a mismatch."""
-    srm_unit_requests: float = Field(default=1.0, ge=1)
-    """Requests a conversation usually makes: they are assigned together, so they count as one there."""
+    srm_unit_requests: float = Field(default=10.0, ge=1)
+    """Requests that count as one in the sample-ratio check, as conversations are assigned whole: E[s²]/E[s]
+    of a conversation's requests s, from their mean (all alike) to about twice that; 1: assigned alone."""
     watch_s: float = Field(default=0.0, ge=0)
     """Seconds after the promotion in which late harm restores the former stable; 0 is off. The built-in
     policy, which is used where the configuration has none, says four hours."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from contracts.errors import ConflictError
@@ -13,12 +15,14 @@ from contracts.hooks import HookPoint, HookSpec
 from contracts.metrics import MetricKind, MetricSpec, Role
 from contracts.rollout import Phase, SrmRule, Step
 from serve.rollout.observation import Observation
+from serve.rollout.policy import RolloutPolicy, make_spec
 from serve.rollout.replay import replay
 from serve.rollout.schedule import next_opening
 from serve.rollout.simulate import ArmModel
 from serve.rollout.start import _check_cooldown, ask
+from serve.rollout.stats import srm
 from serve.rollout.webhook import Reply
-from tests.unit.rollout_world import BROKEN, T0, World, demo_policy
+from tests.unit.rollout_world import BROKEN, T0, World, demo_policy, record
 
 # T0 is a Monday, 1970-01-12 13:46:40 UTC.
 ASK_STEP = HookSpec(name="desk", confirm=HookPoint.BEFORE_STEP, url="http://127.0.0.1:1/", retries=2)
@@ -30,7 +34,8 @@ TWO = (Step(weight=0.2, min_samples=5, evidence=0.1), Step(weight=0.5, min_sampl
 def gated(folder: Path, canary: ArmModel | None = None, **changes: object) -> World:
     """A world of two steps, whose policy has the changes."""
     models = {} if canary is None else {"canary": canary}
-    return World(folder, demo_policy(**{"steps": TWO, **changes}), per_s=60.0, **models)
+    values = {"steps": TWO, "srm_unit_requests": 1.0, **changes}  # these routers assign every request alone
+    return World(folder, demo_policy(**values), per_s=60.0, **models)
 
 
 def steps(world: World, n: int) -> None:
@@ -202,6 +207,28 @@ def test_a_sound_split_passes_the_sample_ratio_check(tmp_path: Path) -> None:
     """The share that was given is the share that came: PASS, also at the last step."""
     world = gated(tmp_path)
     assert world.until(Phase.PROMOTED).srm is Verdict.PASS
+
+
+def test_whole_conversations_do_not_look_like_a_mismatch() -> None:
+    """A sound split of conversations of 3 requests, 200 hours of them: undivided many are said to be skewed,
+    with the policy's default none is."""
+    rng = np.random.default_rng(7)
+    spec = make_spec(RolloutPolicy(), "support", record(), now=T0)
+    conversations = rng.poisson(100, (200, 60))
+    canary = 3 * rng.binomial(conversations, 0.1).cumsum(axis=1)
+    other = 3 * conversations.cumsum(axis=1) - canary
+    shown = {
+        unit: sum(
+            any(
+                srm.block_log_e(srm.Block(0.1, c / unit, o / unit)) >= math.log(1 / spec.alpha_srm)
+                for c, o in zip(hour[0], hour[1], strict=True)
+            )
+            for hour in zip(canary, other, strict=True)
+        )
+        for unit in (1.0, spec.srm_unit_requests)
+    }
+    assert shown[1.0] >= 10
+    assert shown[spec.srm_unit_requests] == 0
 
 
 # roles ------------------------------------------------------------------------------------------
