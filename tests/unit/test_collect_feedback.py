@@ -87,7 +87,7 @@ def test_feedback_can_be_left_unheard(tmp_path: Path) -> None:
         ({}, {"finish_reason": "length"}, "whole", None),
         ({}, {"outcome": "broken_stream"}, "whole", None),
         ({"upstreams": ("big",)}, {}, "a person's", None),
-        ({"drop_failed_grades": True}, {"grade": False}, "right", None),
+        ({"drop_failed_grades": True}, {"scores": {"grade": 0.0}}, "right", None),
         ({"require_json": True}, {}, "{}", None),
         ({"require_json": True}, {}, "not json", "not_json"),
         ({"max_chars": 90}, {"response_text": "x"}, "x" * 90, "too_long"),
