@@ -61,8 +61,10 @@ def list_routes(json_out: Json = False, config: Config = None, state_url: State 
     for route, split in sorted(splits.items()):
         stored = settings.get(route)
         changed = "-" if stored is None else f"v{stored.version}: {', '.join(_changed(stored)) or 'defaults'}"
-        canary = split.canary.name if split.canary else "-"
-        weight = f"{100 * split.weight:g} %" if split.canary else ""
+        students = [(split.canary, split.weight)] if split.canary else []
+        students += [(slot.upstream, slot.weight) for slot in split.others]
+        canary = ", ".join(upstream.name for upstream, _ in students) or "-"
+        weight = ", ".join(f"{100 * share:g} %" for _, share in students)
         table.add_row(route, f"v{split.version}", split.stable.name, canary, weight, changed)
     console.print(table)
 

@@ -44,7 +44,7 @@ def collect(config: ServeConfig) -> dict[str, Any]:
     splits = traffic.splits()
     named = {u.name: u for u in config.upstream_nouns()}
     for split in splits.values():
-        named |= {u.name: u for u in (split.stable, split.canary) if u is not None}
+        named |= {u.name: u for u in split.upstreams}
     return {
         "stack": _stack(config),
         "routes": {route: _route(split) for route, split in sorted(splits.items())},
@@ -93,6 +93,9 @@ def _route(split: Split) -> dict[str, Any]:
         "canary": split.canary.name if split.canary else None,
         "weight": split.weight,
         "rollout": split.rollout_id,
+        "others": [
+            {"canary": s.upstream.name, "weight": s.weight, "rollout": s.rollout_id} for s in split.others
+        ],
     }
 
 

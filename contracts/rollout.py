@@ -102,6 +102,12 @@ class RolloutSpec(Record):
     drain_timeout_s: float = Field(default=300.0, gt=0)
     hold_final: bool = False
     """An A/B test: stay on the last step until a person decides."""
+    test: str | None = Field(default=None, pattern=NAME)
+    """Shared by the students of one A/B/n test: one rollout each, all against one stable arm."""
+    slot: int = Field(default=0, ge=0)
+    """Of a test: 0 is the split's canary, the n-th of the further students has slot n."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """Of a test: where its share of the units begins."""
     windows: tuple[str, ...] = ()
     """When a step may begin and a promotion happen: 'Mon-Fri 09:00-17:00 Europe/Berlin'; empty: always."""
     cooldown_s: float = Field(default=600.0, ge=0)
@@ -120,6 +126,22 @@ class RolloutSpec(Record):
     hooks: tuple[HookSpec, ...] = ()
     created_at: float
     created_by: str = "cli"
+
+    @property
+    def place(self) -> str:
+        """What one active rollout at most may have: its route or, of an A/B/n test, its slot there."""
+        return self.route if self.slot == 0 else f"{self.route[:120]}#{self.slot}"
+
+    @model_validator(mode="after")
+    def _check_test(self) -> RolloutSpec:
+        if self.test is None:
+            if self.slot or self.start:
+                raise ValueError("slot, start: only a rollout of a 'test' has them")
+        elif not self.hold_final or len(self.steps) != 1 or self.watch_s > 0 or self.mirror > 0:
+            raise ValueError("test: needs hold_final, exactly one step, no watch_s and no mirror")
+        elif self.start + self.steps[0].weight > 1.0 + 1e-9:
+            raise ValueError(f"start: {self.start:g} and the weight {self.steps[0].weight:g} exceed 1")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> RolloutSpec:
@@ -203,6 +225,19 @@ class WatchStatus(Record):
     """'stable': the former stable, 'canary': the student."""
 
 
+class SrmBlock(Record):
+    """Since when a step's sample ratio is judged against one share: in an A/B/n test it changes when another
+    student comes or goes.
+    """
+
+    share: float
+    canary: int = 0
+    stable: int = 0
+    """Requests of the step before this share."""
+    log_e: float = 0.0
+    """Evidence of a mismatch before this share."""
+
+
 class RolloutStatus(Record):
     """Where a rollout is and what it has seen; persisted at every tick."""
 
@@ -239,6 +274,8 @@ class RolloutStatus(Record):
     """Highest e-value (log) of a sample-ratio mismatch in this step."""
     srm: Verdict = Verdict.NO_DATA
     """FAIL once the mismatch is shown, for the rest of the step."""
+    srm_block: SrmBlock | None = None
+    """The share that the sample ratio is judged against now; None before the step's first look."""
     approved: tuple[str, ...] = ()
     """What a person approved, e.g. 'step:2', 'srm:2', 'objective:2'."""
     confirm: Confirming | None = None

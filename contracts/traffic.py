@@ -16,6 +16,8 @@ from contracts.config import Record
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _MAX_UNIT = 512
+_ROUNDING = 1e-9
+"""Sums of shares are floats."""
 
 
 def bounded_unit(unit: str) -> str:
@@ -69,6 +71,16 @@ class Upstream(Record):
         return value.rstrip("/").removesuffix("/v1")
 
 
+class Slot(Record):
+    """The place of one further student of an A/B/n test: units in [start, start + weight) are its."""
+
+    upstream: Upstream
+    start: float = Field(ge=0.0, lt=1.0)
+    weight: float = Field(gt=0.0, le=1.0)
+    rollout_id: str
+    """The rollout whose evidence this slot collects."""
+
+
 class Split(Record):
     """Versioned weights of one route: the only thing router and rollout share.
 
@@ -89,6 +101,51 @@ class Split(Record):
     """The rollout whose evidence this split collects; None outside a rollout."""
     window: str | None = None
     """Label of the current step, copied to request logs so that analysis needs no guess."""
+    others: tuple[Slot, ...] = ()
+    """Further students of an A/B/n test; the canary's own units are [0, weight)."""
+
+    @property
+    def upstreams(self) -> tuple[Upstream, ...]:
+        """Everything this split sends requests to: stable, canary, the others."""
+        canary = () if self.canary is None else (self.canary,)
+        return (self.stable, *canary, *(slot.upstream for slot in self.others))
+
+    @property
+    def rollouts(self) -> tuple[str, ...]:
+        """The rollouts whose evidence this split collects, the canary's first."""
+        first = () if self.rollout_id is None else (self.rollout_id,)
+        return (*first, *(slot.rollout_id for slot in self.others))
+
+    def collects(self, rollout_id: str) -> bool:
+        """True while this rollout's student has the canary's place or a slot."""
+        return rollout_id in self.rollouts
+
+    def share_of(self, rollout_id: str) -> float:
+        """The share of this rollout's student among the units that are its own or the stable arm's."""
+        weights = {slot.rollout_id: slot.weight for slot in self.others} | {self.rollout_id: self.weight}
+        mine = weights.pop(rollout_id, 0.0)
+        return mine / (1.0 - sum(weights.values())) if mine else 0.0
+
+    def rollout_of(self, assignment: Assignment) -> str | None:
+        """The rollout a request belongs to; one of the stable arm belongs to all, and the first is named."""
+        if assignment.slot:
+            return self.others[assignment.slot - 1].rollout_id
+        if assignment.arm is Arm.STABLE:
+            return next(iter(self.rollouts), None)
+        return self.rollout_id
+
+    @model_validator(mode="after")
+    def _slots_apart(self) -> Split:
+        end, before = self.weight, "the canary"
+        for slot in sorted(self.others, key=lambda s: s.start):
+            if slot.start < end - _ROUNDING:
+                raise ValueError(f"others: {slot.upstream.name!r} begins at {slot.start:g}, inside {before}")
+            end, before = slot.start + slot.weight, repr(slot.upstream.name)
+        if end > 1.0 + _ROUNDING:
+            raise ValueError(f"others: {before} ends at {end:g}; shares end at 1")
+        if len(set(self.rollouts)) != len(self.rollouts):
+            raise ValueError(f"others: each student needs a rollout of its own, got {self.rollouts}")
+        return self
 
     @model_validator(mode="after")
     def _weight_needs_canary(self) -> Split:
@@ -128,6 +185,8 @@ class Assignment(NamedTuple):
     fraction: float
     """Where the unit falls in [0, 1)."""
     split_version: int
+    slot: int = 0
+    """Of arm CANARY: 0 is the split's canary itself, n the n-th of its others."""
 
 
 class Outcome(StrEnum):

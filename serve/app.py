@@ -121,8 +121,8 @@ def write_routes(config: ServeConfig, traffic: TrafficState, reset: bool = False
             continue
         after = before.model_copy(update=_changed(before, declared))
         if reset:
-            cleared = {"canary": None, "weight": 0.0, "mirror": 0.0, "rollout_id": None, "window": None}
-            after = before.model_copy(update={"stable": declared[upstream], **cleared})
+            kept = {"route": route, "version": before.version, "salt": before.salt}
+            after = Split(**kept, stable=declared[upstream])
         if after != before:
             traffic.put_split(after.model_copy(update={"version": before.version + 1}))
 
@@ -158,8 +158,8 @@ def students_in_use(
     deployed = {r.spec.candidate.app: r.spec.artifact_uri for r in rollouts.history() if r.spec.artifact_uri}
     found: dict[str, tuple[Upstream, str]] = {}
     for split in traffic.splits().values():
-        for upstream in (split.stable, split.canary):
-            if upstream is None or upstream.app is None or upstream.app in declared:
+        for upstream in split.upstreams:
+            if upstream.app is None or upstream.app in declared:
                 continue
             if upstream.app not in deployed:
                 raise StateError(

@@ -36,7 +36,7 @@ def check_settings(
 
 def known_upstreams(settings: Iterable[RouteSettings], splits: Iterable[Split]) -> list[Upstream]:
     """Every upstream that is stored."""
-    found = [u for split in splits for u in (split.stable, split.canary) if u is not None]
+    found = [u for split in splits for u in split.upstreams]
     for one in settings:
         found += [*one.fallbacks, *([one.shadow.upstream] if one.shadow else [])]
     return found

@@ -77,7 +77,7 @@ class Overviews:
         routes = []
         for route, split in sorted(self._traffic.splits().items()):
             mine = settings.get(route)
-            names = [u.name for u in (split.stable, split.canary) if u is not None]
+            names = [u.name for u in split.upstreams]
             versions = Counter(r.versions.get(route, 0) for r in routers)
             routes.append(
                 RouteLine(

@@ -138,7 +138,7 @@ class Routes:
             raise ConfigError("weight: must be a number from 0 to 1.")
         if "canary" in changes and changes["canary"] is None:
             changes.setdefault("weight", 0.0)
-        fields = {**before.model_dump(), "rollout_id": None, "window": None, **changes}
+        fields = {**before.model_dump(), "rollout_id": None, "window": None, "others": (), **changes}
         after = parse_config({**fields, "version": before.version + 1}, Split, "the split")
         stored = known_upstreams(self._settings.settings().values(), self._traffic.splits().values())
         check_secrets(known_upstreams([], [after]), stored)

@@ -12,14 +12,16 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from contracts.errors import NotFoundError
+from contracts.errors import ConfigError, NotFoundError
+from contracts.rollout import RolloutSpec
 from serve.rollout import cli_report, cli_watch, view
 from serve.rollout.cli_plan import plan
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.messages import messages_table
-from serve.rollout.policy import ab_policy
+from serve.rollout.policy import RolloutPolicy, ab_policy
 from serve.rollout.replay import replay
 from serve.rollout.start import ask, check_model_ref, pick_policy, start_rollout
+from serve.rollout.start_abn import start_abn
 from serve.state.rollouts import StoredRollout
 
 app = typer.Typer(
@@ -39,6 +41,12 @@ Config = Annotated[
     str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration file.")
 ]
 Why = Annotated[str, typer.Option("--reason", help="Why: goes into the audit trail.")]
+Which = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Which student of an A/B/n test: name:version, as 'rollout status' shows it."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -48,14 +56,20 @@ app.command()(plan)
 @app.command()
 def start(
     route: Route,
-    model: Annotated[
-        str, typer.Argument(help="Registry reference: name:version, name@alias or name (latest).")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL…",
+            help="Registry reference: name:version, name@alias or name (latest). Several: an A/B/n test.",
+        ),
     ],
     policy: Annotated[str | None, typer.Option(help="Rollout policy of the configuration.")] = None,
     reason: Why = "",
     ab: Annotated[
         float | None,
-        typer.Option("--ab", help="An A/B test instead of a ramp: this share, until a person decides."),
+        typer.Option(
+            "--ab", help="An A/B test instead of a ramp: this share for each MODEL, until a person decides."
+        ),
     ] = None,
     force: Annotated[
         bool,
@@ -68,25 +82,29 @@ def start(
     ] = False,
     config: Config = None,
 ) -> None:
-    """Start moving ROUTE onto MODEL. Returns at once; follow it with 'rollout watch ROUTE'."""
-    check_model_ref(model)
+    """Start moving ROUTE onto MODEL, or an A/B/n test of several. Follow it with 'rollout watch ROUTE'."""
+    for model in models:
+        check_model_ref(model)
+    if len(models) > 1 and ab is None:
+        raise ConfigError("several models make an A/B/n test; say --ab WEIGHT, the share that each gets.")
     stack = open_stack(config)
-    picked = pick_policy(stack.policies, policy)
-    spec = start_rollout(
-        stack.rollouts,
-        stack.traffic,
-        stack.open_registry(),
-        picked if ab is None else ab_policy(picked, ab),
-        route,
-        model,
-        reason=reason,
-        force=force,
-        force_quarantined=force_quarantined,
-        sources=stack.sources,
-    )
+    picked, forced = pick_policy(stack.policies, policy), (force, force_quarantined)
+    if ab is not None and len(models) > 1:
+        specs = _start_abn(stack, picked, route, models, ab, reason, forced)
+    else:
+        specs = [
+            _start_one(
+                stack, picked if ab is None else ab_policy(picked, ab), route, models[0], reason, forced
+            )
+        ]
+    spec = specs[0]
     steps = " → ".join(f"{100 * s.weight:g}" for s in spec.steps)
-    console.print(f"Rollout [bold]{spec.id}[/] of {spec.model_ref} on route {route} accepted.")
-    ramp = f"A/B test at {steps} %" if ab is not None else f"Ramp {steps} → 100 %"
+    for each in specs:
+        console.print(f"Rollout [bold]{each.id}[/] of {each.model_ref} on route {route} accepted.")
+    ramp = f"Ramp {steps} → 100 %" if ab is None else f"A/B test at {steps} %"
+    if len(specs) > 1:
+        rest = 100 * (1 - sum(s.steps[0].weight for s in specs))
+        ramp = f"A/B/n test of {len(specs)} students at {steps} % each, {rest:g} % stay with the stable arm"
     console.print(f"{ramp}, guardrails: {', '.join(m.key for m in spec.metrics)}.")
     console.print(f"Follow it with: stillhouse rollout watch {route}")
 
@@ -103,42 +121,42 @@ def status(route: MaybeRoute = None, json_out: Json = False, config: Config = No
 
 
 @app.command()
-def pause(route: Route, reason: Why = "", config: Config = None) -> None:
+def pause(route: Route, model: Which = None, reason: Why = "", config: Config = None) -> None:
     """Keep the canary's weight where it is. Harm is still judged; 'resume' goes on."""
-    _ask(route, "pause", reason, config)
+    _ask(route, "pause", reason, model, config)
 
 
 @app.command()
-def resume(route: Route, reason: Why = "", config: Config = None) -> None:
+def resume(route: Route, model: Which = None, reason: Why = "", config: Config = None) -> None:
     """Go on with a paused rollout."""
-    _ask(route, "resume", reason, config)
+    _ask(route, "resume", reason, model, config)
 
 
 @app.command()
-def approve(route: Route, reason: Why = "", config: Config = None) -> None:
+def approve(route: Route, model: Which = None, reason: Why = "", config: Config = None) -> None:
     """Let the rollout leave a step that waits for a person.
 
     That is: for an approval, after a sample-ratio mismatch, or because an objective got worse.
     """
-    _ask(route, "approve", reason, config)
+    _ask(route, "approve", reason, model, config)
 
 
 @app.command()
-def promote(route: Route, reason: Why = "", config: Config = None) -> None:
+def promote(route: Route, model: Which = None, reason: Why = "", config: Config = None) -> None:
     """Give the canary all traffic now, before the tests are done; while it is watched: end the watch now.
 
     Shown harm and the policy's schedule still stop it; approvals and confirming hooks do not.
     """
-    _ask(route, "promote", reason, config)
+    _ask(route, "promote", reason, model, config)
 
 
 @app.command()
-def abort(route: Route, reason: Why = "", config: Config = None) -> None:
+def abort(route: Route, model: Which = None, reason: Why = "", config: Config = None) -> None:
     """End the rollout: weight zero, canary drained and removed. The model is not quarantined.
 
     While it is watched after its promotion: take the promotion back.
     """
-    _ask(route, "abort", reason, config)
+    _ask(route, "abort", reason, model, config)
 
 
 @app.command()
@@ -195,8 +213,49 @@ cli_watch.register(app)
 cli_report.register(app)
 
 
-def _ask(route: str, verb: str, reason: str, config: str | None) -> None:
-    stored = ask(open_stack(config).rollouts, route, verb, reason=reason)
+def _start_one(
+    stack: StackHandle, policy: RolloutPolicy, route: str, model: str, reason: str, forced: tuple[bool, bool]
+) -> RolloutSpec:
+    return start_rollout(
+        stack.rollouts,
+        stack.traffic,
+        stack.open_registry(),
+        policy,
+        route,
+        model,
+        reason=reason,
+        force=forced[0],
+        force_quarantined=forced[1],
+        sources=stack.sources,
+    )
+
+
+def _start_abn(
+    stack: StackHandle,
+    policy: RolloutPolicy,
+    route: str,
+    models: list[str],
+    weight: float,
+    reason: str,
+    forced: tuple[bool, bool],
+) -> list[RolloutSpec]:
+    return start_abn(
+        stack.rollouts,
+        stack.traffic,
+        stack.open_registry(),
+        policy,
+        route,
+        models,
+        weight,
+        reason=reason,
+        force=forced[0],
+        force_quarantined=forced[1],
+        sources=stack.sources,
+    )
+
+
+def _ask(route: str, verb: str, reason: str, model: str | None, config: str | None) -> None:
+    stored = ask(open_stack(config).rollouts, route, verb, reason=reason, model=model)
     console.print(f"Asked to {verb} {stored.spec.id}; the controller does it at its next tick.")
 
 

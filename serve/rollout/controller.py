@@ -232,8 +232,8 @@ class Controller:
 
     def _used_elsewhere(self, upstream: Upstream, stored: StoredRollout) -> bool:
         """True when a split, or another active rollout, still needs the application."""
-        named = (up for s in self._traffic.splits().values() for up in (s.stable, s.canary))
-        in_split = any(up is not None and up.app == upstream.app for up in named)
+        named = (up for split in self._traffic.splits().values() for up in split.upstreams)
+        in_split = any(up.app == upstream.app for up in named)
         others = (r.spec for r in self._rollouts.active() if r.spec.id != stored.spec.id)
         return in_split or any(spec.candidate.app == upstream.app for spec in others)
 
@@ -246,7 +246,7 @@ class Controller:
         if self._metrics is not None:
             self._metrics.observe(spec, before, decision)
             family = evidence.combine(spec, after.metrics)
-            self._metrics.thresholds(spec.route, family.log_harm_each_at, family.log_promote_at)
+            self._metrics.thresholds(spec.place, family.log_harm_each_at, family.log_promote_at)
 
 
 def _tick_of(stored: StoredRollout, seen: Observation, decision: Decision) -> Tick:

@@ -9,7 +9,7 @@ from typing import Any
 
 from contracts.gates import Verdict
 from contracts.rollout import MetricStatus, Phase, RolloutSpec, RolloutStatus, WatchStatus
-from contracts.traffic import Split, Upstream
+from contracts.traffic import Slot, Split, Upstream
 from serve.rollout import evidence, sentences
 from serve.rollout.observation import Action, Asked, Decision, Observation
 from serve.rollout.stats.combine import Family
@@ -69,7 +69,7 @@ def enter_step(d: Draft, index: int, why: str) -> None:
     """Give the canary a step's weight; its samples, dwell and sample ratio count from now."""
     weight = d.spec.steps[index].weight
     window = f"step-{index + 1}-of-{len(d.spec.steps)}"
-    _split(d, canary=d.spec.candidate, weight=weight, rollout_id=d.spec.id, window=window, salt=d.spec.id)
+    _split(d, canary=d.spec.candidate, weight=weight, rollout_id=d.spec.id, window=window, salt=_salt(d))
     d.go(
         Phase.RAMPING,
         f"{sentences.step_name(d.spec, index)} begins: {why}",
@@ -80,6 +80,7 @@ def enter_step(d: Draft, index: int, why: str) -> None:
         step_counts={},
         log_srm=0.0,
         srm=Verdict.NO_DATA,
+        srm_block=None,
         next_look_at=d.seen.now + d.spec.look_s,
     )
 
@@ -122,7 +123,7 @@ def _watch(d: Draft, former: Upstream, reason: str) -> None:
 
 def finish_promotion(d: Draft, reason: str) -> None:
     """All traffic to the candidate; the former stable drains."""
-    _split(d, stable=d.spec.candidate, canary=None, weight=0.0, rollout_id=None, window=None, salt=d.spec.id)
+    _split(d, stable=d.spec.candidate, canary=None, weight=0.0, rollout_id=None, window=None, salt=_salt(d))
     d.go(Phase.PROMOTING, reason, decision="promoted", weight=1.0, max_weight=1.0, **_drain_afresh(d))
 
 
@@ -141,13 +142,22 @@ def end(d: Draft, decision: str, reason: str) -> None:
     if ours(d):
         assert d.seen.split is not None
         stable = d.status.stable if d.status.watch is not None else d.seen.split.stable
-        _split(d, stable=stable, canary=None, weight=0.0, rollout_id=None, window=None, salt=d.spec.id)
+        _split(d, stable=stable, canary=None, weight=0.0, rollout_id=None, window=None, salt=_salt(d))
     d.go(Phase.ROLLING_BACK, reason, decision=decision, weight=0.0, **_drain_afresh(d))
 
 
 def ours(d: Draft) -> bool:
-    """True while the stored split is the one this rollout wrote."""
-    return d.seen.split is not None and d.seen.split.rollout_id == d.spec.id
+    """True while the stored split has the place that this rollout wrote."""
+    return d.seen.split is not None and d.seen.split.collects(d.spec.id)
+
+
+def superseded(spec: RolloutSpec, status: RolloutStatus, split: Split | None) -> str | None:
+    """Why an A/B/n test is over for a student: the arm it is compared with is not the stable one any more."""
+    if spec.test is None or status.stable is None or split is None:
+        return None
+    now, then = split.stable, status.stable
+    same = (now.name, now.digest) == (then.name, then.digest)
+    return None if same else f"the test is over: {now.name} became the stable arm"
 
 
 def _drain_afresh(d: Draft) -> dict[str, Any]:
@@ -156,9 +166,37 @@ def _drain_afresh(d: Draft) -> dict[str, Any]:
 
 def _split(d: Draft, **values: Any) -> None:
     """Write the stored split with changes, one version up."""
-    assert d.seen.split is not None
-    mirror = 0.0 if values["canary"] is None else d.spec.mirror
-    d.split = Split(**{**dict(d.seen.split), "version": d.seen.split.version + 1, "mirror": mirror, **values})
+    before = d.seen.split
+    assert before is not None
+    if d.spec.slot > 0:
+        values = _in_slot(d.spec, before, **values)
+    else:
+        values["mirror"] = 0.0 if values["canary"] is None else d.spec.mirror
+        values["others"] = () if d.spec.test is None else before.others
+    d.split = Split(**{**dict(before), "version": before.version + 1, **values})
+
+
+def _in_slot(
+    spec: RolloutSpec,
+    split: Split,
+    *,
+    canary: Upstream | None,
+    weight: float,
+    salt: str,
+    stable: Upstream | None = None,
+    **_canarys: object,
+) -> dict[str, Any]:
+    """The same change for a student in a slot: the canary and the other slots stay as they are."""
+    others = [slot for slot in split.others if slot.rollout_id != spec.id]
+    if canary is not None:
+        others.append(Slot(upstream=canary, start=spec.start, weight=weight, rollout_id=spec.id))
+    others.sort(key=lambda slot: slot.start)
+    return {"others": tuple(others), "salt": salt, "stable": stable or split.stable}
+
+
+def _salt(d: Draft) -> str:
+    """Drawn once per rollout, or once for all students of a test: their shares are cut from one draw."""
+    return d.spec.test or d.spec.id
 
 
 def said(command: Asked, what: str) -> str:

@@ -63,7 +63,7 @@ class ControllerMetrics:
 
     def observe(self, spec: RolloutSpec, before: RolloutStatus, decision: Decision) -> None:
         """Export a stored tick."""
-        after, route = decision.status, spec.route
+        after, route = decision.status, spec.place
         if before.ticks == 0 or after.phase is not before.phase:
             for phase in Phase:
                 self.phase.labels(route, phase.value).set(1.0 if phase is after.phase else 0.0)

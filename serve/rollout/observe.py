@@ -13,6 +13,7 @@ from contracts.rollout import Phase, RolloutSpec, RolloutStatus
 from contracts.traffic import Split, Upstream
 from serve.rollout.confirmer import Confirmer
 from serve.rollout.deployer import Deployer
+from serve.rollout.draft import superseded
 from serve.rollout.observation import Asked, Observation
 from serve.rollout.queries import CURSOR, QueryReader, nobody_to_ask
 from serve.rollout.rules.confirming import may_start
@@ -120,7 +121,9 @@ class Observer:
         if spec.id in self._commands or status.phase not in (*WITH_TRAFFIC, Phase.WATCHING):
             return True
         split = self._splits.get(spec.route)
-        if now >= status.next_look_at or split is None or split.rollout_id != spec.id:
+        if now >= status.next_look_at or split is None or not split.collects(spec.id):
+            return True
+        if superseded(spec, status, split) is not None:
             return True
         if status.confirm is not None and now >= status.confirm.retry_at:
             return True
@@ -170,7 +173,7 @@ class Observer:
         """What Prometheus says, asked only when this tick is a look."""
         spec, status, split = stored.spec, stored.status, seen.split
         due = status.phase in WITH_TRAFFIC and seen.now >= status.next_look_at
-        if not due or split is None or split.rollout_id != spec.id:
+        if not due or split is None or not split.collects(spec.id):
             return seen
         if self._queries is None:
             return seen.model_copy(update={"queries": nobody_to_ask(spec)})

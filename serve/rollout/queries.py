@@ -49,11 +49,11 @@ class QueryReader:
     ) -> tuple[dict[str, QueryReading], dict[str, int]]:
         """One reading a query metric, and what to add to the cursor once they are consumed."""
         wanted = query_metrics(spec.metrics)
-        if not wanted or split.canary is None:
+        if not wanted or not split.collects(spec.id):
             return {}, {}
         until = round((now - self._lag_s) * 1000)
         since = max(status.cursor.get(CURSOR, 0), round(status.step_since * 1000))
-        arms = arms_of(split)
+        arms = arms_of(split, spec.candidate)
         deadline = time.monotonic() + 2 * self._timeout_s
         readings = {m.key: self._pool.submit(self._one, m, arms, since, until, deadline) for m in wanted}
         return {key: _done(f) for key, f in readings.items()}, {CURSOR: max(since, until)}
@@ -122,12 +122,11 @@ def query_metrics(metrics: Iterable[MetricSpec]) -> list[MetricSpec]:
     return [m for m in metrics if m.kind is MetricKind.QUERY]
 
 
-def arms_of(split: Split) -> dict[Arm, Fields]:
+def arms_of(split: Split, candidate: Upstream) -> dict[Arm, Fields]:
     """Arm → what its placeholders mean."""
-    assert split.canary is not None
     return {
         arm: placeholders(split.route, arm, up)
-        for arm, up in ((Arm.STABLE, split.stable), (Arm.CANARY, split.canary))
+        for arm, up in ((Arm.STABLE, split.stable), (Arm.CANARY, candidate))
     }
 
 

@@ -97,9 +97,10 @@ def sample_ratio(spec: RolloutSpec, status: RolloutStatus) -> str:
     """Why the evidence of this step cannot be trusted."""
     stable, canary = (status.step_counts.get(arm, ArmCounts()).n for arm in ("stable", "canary"))
     share = _share(canary, stable + canary)
+    intended = status.weight if status.srm_block is None else status.srm_block.share
     return (
         f"sample-ratio mismatch: the canary got {share} requests of this step instead of "
-        f"{percent(status.weight)}: e-value {number(status.log_srm)} >= {1 / spec.alpha_srm:g} "
+        f"{percent(intended)}: e-value {number(status.log_srm)} >= {1 / spec.alpha_srm:g} "
         f"(1 / alpha_srm {spec.alpha_srm:g}); assignment or counting is broken"
     )
 

@@ -13,6 +13,7 @@ from contracts.errors import ConfigError, ConflictError, GateError, NotFoundErro
 from contracts.gates import Verdict
 from contracts.model import ModelRecord
 from contracts.rollout import Phase, RolloutSpec
+from contracts.traffic import Split
 from registry.store import Registry, parse_ref
 from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial
@@ -47,35 +48,59 @@ def start_rollout(
         ConflictError: the digest is quarantined or serves the route already, a rollout is active there, or
             one was thrown back a moment ago (`force` does not wait).
     """
-    split = traffic.get_split(route)
-    if split is None:
-        known = ", ".join(sorted(traffic.splits())) or "none; start the stack with 'stillhouse up'"
-        raise NotFoundError(f"no route {route!r}; there are: {known}.")
+    split = split_of(traffic, route)
     record = registry.get(model)
-    check_gates(record)
-    if split.stable.digest == record.artifact.digest:
-        raise ConflictError(f"{record.ref} is the stable upstream of route {route!r} already.")
-    why = rollouts.quarantined(record.artifact.digest)
-    if why is not None and not force_quarantined:
-        raise ConflictError(
-            f"{record.ref} is quarantined because it was thrown back before: {why}. "
-            "Publish a better one, or say --force-quarantined to try the same one again."
-        )
-    _check_free(rollouts, route)
-    if not force:
-        _check_cooldown(rollouts, route, time.time())
+    check_model(rollouts, split, record, force_quarantined)
+    check_route(rollouts, route, force)
     if sources is not None:
         policy, reason = sources.prepare(policy, split, reason, force)
-    folder = registry.download(record.ref)
-    record = record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
-    who = (by or getpass.getuser()) + (f" ({reason})" if reason else "")
-    spec = make_spec(policy, route, record, by=who)
+    spec = make_spec(policy, route, downloaded(registry, record), by=who(by, reason))
     status = initial(spec)
     rollouts.create(spec, status, started(spec, status))
     registry.set_alias(
         record.name, CHALLENGER, record.version, f"rollout {spec.id}", reason or "rollout started"
     )
     return spec
+
+
+def split_of(traffic: TrafficState, route: str) -> Split:
+    """The split of a route. Raises NotFoundError listing those there are."""
+    split = traffic.get_split(route)
+    if split is None:
+        known = ", ".join(sorted(traffic.splits())) or "none; start the stack with 'stillhouse up'"
+        raise NotFoundError(f"no route {route!r}; there are: {known}.")
+    return split
+
+
+def check_model(rollouts: RolloutState, split: Split, record: ModelRecord, force_quarantined: bool) -> None:
+    """Raises GateError or ConflictError unless this model may be tried on this route."""
+    check_gates(record)
+    if split.stable.digest == record.artifact.digest:
+        raise ConflictError(f"{record.ref} is the stable upstream of route {split.route!r} already.")
+    why = rollouts.quarantined(record.artifact.digest)
+    if why is not None and not force_quarantined:
+        raise ConflictError(
+            f"{record.ref} is quarantined because it was thrown back before: {why}. "
+            "Publish a better one, or say --force-quarantined to try the same one again."
+        )
+
+
+def check_route(rollouts: RolloutState, route: str, force: bool) -> None:
+    """Raises ConflictError unless the route may take a new rollout now."""
+    _check_free(rollouts, route)
+    if not force:
+        _check_cooldown(rollouts, route, time.time())
+
+
+def downloaded(registry: Registry, record: ModelRecord) -> ModelRecord:
+    """The record with its artifact as a folder of this host."""
+    folder = registry.download(record.ref)
+    return record.model_copy(update={"artifact": record.artifact.model_copy(update={"uri": str(folder)})})
+
+
+def who(by: str | None, reason: str) -> str:
+    """Who asks, and why, as it goes into the audit trail."""
+    return (by or getpass.getuser()) + (f" ({reason})" if reason else "")
 
 
 def _check_free(rollouts: RolloutState, route: str) -> None:
@@ -127,25 +152,45 @@ def check_gates(record: ModelRecord) -> None:
 
 
 def ask(
-    rollouts: RolloutState, route: str, verb: str, *, by: str | None = None, reason: str = ""
+    rollouts: RolloutState,
+    route: str,
+    verb: str,
+    *,
+    by: str | None = None,
+    reason: str = "",
+    model: str | None = None,
 ) -> StoredRollout:
     """Ask the controller for one of contracts.commands.VERBS; returns the rollout it was asked of.
 
-    Raises: ConflictError when the rollout's phase does not allow it, NotFoundError without an active one.
+    Args:
+        model: which student of an A/B/n test, as 'name:version'.
+
+    Raises: ConflictError when the rollout's phase does not allow it or several are active, NotFoundError
+    without an active one.
     """
-    stored = active_rollout(rollouts, route)
+    stored = active_rollout(rollouts, route, model)
     check_verb(verb, stored.status)
     rollouts.add_command(stored.spec.id, verb, by or getpass.getuser(), reason)
     return stored
 
 
-def active_rollout(rollouts: RolloutState, route: str) -> StoredRollout:
-    """The active rollout of a route. Raises NotFoundError saying where the finished ones are."""
+def active_rollout(rollouts: RolloutState, route: str, model: str | None = None) -> StoredRollout:
+    """The active rollout of a route or, in an A/B/n test, of one of its students.
+
+    Raises: NotFoundError saying where the finished ones are, ConflictError when `model` must say which one.
+    """
     found = rollouts.active(route)
     if not found:
         raise NotFoundError(
             f"route {route!r} has no active rollout; see 'stillhouse rollout history {route}' for past ones."
         )
+    running = ", ".join(stored.spec.model_ref for stored in found)
+    if model is None and len(found) > 1:
+        raise ConflictError(f"route {route!r} tests several students; say --model with one of: {running}.")
+    if model is not None:
+        found = [stored for stored in found if stored.spec.model_ref == model]
+        if not found:
+            raise NotFoundError(f"route {route!r} has no active rollout of {model!r}; it has: {running}.")
     return found[0]
 
 

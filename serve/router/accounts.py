@@ -58,8 +58,7 @@ class Accounts:
         if ex.assignment.arm is not Arm.SHADOW:
             self._keys.ended(ex.key_id, ex.prompt_tokens, ex.completion_tokens)
         if ex.outcome.counts:
-            key = ex.evidence()
-            if key is not None:
+            for key in ex.evidence():
                 self._ledger.count(key, ex.outcome.failed, ex.ttft_s, ex.e2e_s)
         if self._served is not None and ex.assignment.arm is not Arm.SHADOW:
             self._served.note(ex)

@@ -31,7 +31,7 @@ class AnswerJudging:
 
     def answered(self, ex: Exchange, row: RequestRow) -> None:
         """An answer's row was built: called in the log's thread. Only what is evidence is worth a call."""
-        if ex.evidence() is None:
+        if not ex.evidence():
             return
         for name, judge in self._judges.items():
             if judge.grades(row.route) and sampled(name, judge, row.request_id):

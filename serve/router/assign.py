@@ -1,7 +1,8 @@
 """Which arm a request belongs to: a pure function of the split and the request.
 
 The unit is the conversation, hashed with the split's salt to a fraction in [0, 1); canary iff the fraction
-is below the weight, so raising the weight only ever adds units. Knows nothing about HTTP, metrics or state.
+is below the weight, so raising the weight only ever adds units; further students have intervals of their own
+(`Split.others`). Knows nothing about HTTP, metrics or state.
 """
 
 from __future__ import annotations
@@ -52,15 +53,19 @@ def assign(split: Split, unit_kind: UnitKind, unit: str, override: Arm | None = 
     """Decide the arm of a unit under a split.
 
     `override` is a client's explicit wish and wins; it is recorded as such and never counts as evidence.
-    While there is nobody else to send a request to (no canary, or weight 0) the reason is ONLY_ARM.
+    While there is nobody else to send a request to (no student with a weight) the reason is ONLY_ARM.
     """
     fraction = fraction_of(split.salt, unit)
+    arm, slot, reason = Arm.STABLE, 0, Reason.RANDOM
     if override is not None:
         arm, reason = override, Reason.OVERRIDE
-    elif split.canary is None or split.weight <= 0.0:
-        arm, reason = Arm.STABLE, Reason.ONLY_ARM
-    else:
-        arm, reason = (Arm.CANARY if fraction < split.weight else Arm.STABLE), Reason.RANDOM
+    elif fraction < split.weight:
+        arm = Arm.CANARY
+    elif split.others:
+        slot = _slot_of(split, fraction)
+        arm = Arm.CANARY if slot else Arm.STABLE
+    elif split.weight <= 0.0:
+        reason = Reason.ONLY_ARM
     return Assignment(
         arm=arm,
         reason=reason,
@@ -68,7 +73,16 @@ def assign(split: Split, unit_kind: UnitKind, unit: str, override: Arm | None = 
         unit_hash=hash_unit(unit),
         fraction=fraction,
         split_version=split.version,
+        slot=slot,
     )
+
+
+def _slot_of(split: Split, fraction: float) -> int:
+    """Which of the others a fraction belongs to, counted from 1; 0: none."""
+    for n, slot in enumerate(split.others, 1):
+        if slot.start <= fraction < slot.start + slot.weight:
+            return n
+    return 0
 
 
 def _first_messages(messages: object) -> str | None:

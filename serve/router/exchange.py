@@ -86,7 +86,7 @@ class Exchange:
         self.metrics: ArmMetrics
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
-        self.served: Upstream = route.upstream(assignment.arm) or route.split.stable
+        self.served: Upstream = route.upstream(assignment.arm, assignment.slot) or route.split.stable
         self.fell_back = False
         self.ended = False
         self.outcome = Outcome.OK
@@ -106,16 +106,11 @@ class Exchange:
         self.span: SpanStart | None = None
         """Its place in a trace; None without tracing."""
 
-    def evidence(self) -> EvidenceKey | None:
-        """Where this request counts as evidence, None when it does not."""
-        split = self.route.split
-        if (
-            split.rollout_id is None
-            or self.assignment.reason is not Reason.RANDOM
-            or self.endpoint not in EVIDENCE_ENDPOINTS
-        ):
-            return None
-        return EvidenceKey(split.route, split.rollout_id, self.assignment.arm.value, split.version)
+    def evidence(self) -> tuple[EvidenceKey, ...]:
+        """Where this request counts as evidence, nowhere when it says nothing about its arm."""
+        if self.assignment.reason is not Reason.RANDOM or self.endpoint not in EVIDENCE_ENDPOINTS:
+            return ()
+        return self.route.evidence(self.assignment)
 
     def take_usage(self, usage: object) -> None:
         """Note the token counts of a usage object."""
@@ -155,7 +150,7 @@ class Exchange:
             unit_kind=assignment.unit_kind,
             unit_hash=assignment.unit_hash,
             split_version=split.version,
-            rollout_id=split.rollout_id,
+            rollout_id=split.rollout_of(assignment),
             upstream=self.served.name,
             model=self.served.model,
             digest=self.served.digest,

@@ -141,8 +141,9 @@ class FeedbackDesk:
     def _count(self, given: Feedback, row: Served) -> None:
         """Count a new judgement as evidence on the arm that its request was drawn for.
 
-        In the window of that request's split version, however late it comes. A router killed before its next
-        flush loses the count, not the judgement: none is ever counted twice.
+        In the window of that request's split version, however late it comes. A stable answer counts for one
+        rollout only, so no A/B/n test is decided by feedback. A router killed before its next flush loses the
+        count, not the judgement: none is ever counted twice.
         """
         score = score_of(given)
         if score is not None and row.rollout_id is not None and row.reason == Reason.RANDOM:

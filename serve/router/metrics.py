@@ -21,7 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from contracts.errors import ConfigError
 from contracts.metrics import LATENCY_BUCKETS_S
-from contracts.traffic import Arm, Outcome, Split, Upstream
+from contracts.traffic import Arm, Outcome, Split
 from serve.router.batch import FLUSH_S, Batch, Counted, Level, Observed
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
@@ -287,12 +287,11 @@ class Metrics:
         self.split_weight.labels(split.route).set(split.weight)
         self.split_version.labels(split.route).set(split.version)
         self.fallbacks.labels(split.route)
-        arms: list[tuple[Arm, Upstream | None]] = [(Arm.STABLE, split.stable), (Arm.CANARY, split.canary)]
-        for arm, upstream in arms:
-            if upstream is not None:
-                self.arm(split.route, arm.value, upstream.name)
-                for grader, verdict in product(self._graders, ("pass", "fail")):
-                    self.grades.labels(split.route, arm.value, grader, verdict)
+        for upstream in split.upstreams:
+            arm = Arm.STABLE if upstream is split.stable else Arm.CANARY
+            self.arm(split.route, arm.value, upstream.name)
+            for grader, verdict in product(self._graders, ("pass", "fail")):
+                self.grades.labels(split.route, arm.value, grader, verdict)
 
     def graded(self, route: str, arm: str, grader: str, score: float) -> None:
         """Count a score."""

@@ -149,12 +149,12 @@ def mirrored(ex: Exchange) -> bool:
     )
 
 
-def pair_evidence(ex: Exchange) -> EvidenceKey | None:
-    """Where a pair counts as evidence, None outside a rollout."""
+def pair_evidence(ex: Exchange) -> tuple[EvidenceKey, ...]:
+    """Where a pair counts as evidence: nowhere outside a rollout."""
     split = ex.route.split
     if split.rollout_id is None:
-        return None
-    return EvidenceKey(split.route, split.rollout_id, PAIR, split.version)
+        return ()
+    return (EvidenceKey(split.route, split.rollout_id, PAIR, split.version),)
 
 
 def _text(ex: Exchange) -> str | None:

@@ -88,7 +88,7 @@ class Proxy:
 
     async def _run(self, ex: Exchange, receive: Receive, send: Send) -> None:
         # Held before anything is awaited: a report of this split's version always includes this request.
-        ex.held = self._table.hold(ex.route, ex.assignment.arm)
+        ex.held = self._table.hold(ex.route, ex.assignment)
         ex.metrics = self._metrics.arm(ex.route.split.route, ex.assignment.arm.value, ex.served.name)
         ex.metrics.in_flight.inc()
         total_s = ex.route.settings.timeouts.total_s or self._config.timeouts.total_s
@@ -223,7 +223,7 @@ class Proxy:
         if body is None:
             said = error_body(f"The model could not answer: {failure}.", "upstream_error")
             body = orjson.dumps(error_for(ex.endpoint, failure.status, said))
-        told = (*ex.route.headers(ex.assignment.arm, ex.served), *ex.limits)
+        told = (*ex.route.headers(ex.assignment, ex.served), *ex.limits)
         await send_json(send, failure.status, body, ex.request_id, told)
 
     async def _give_up(self, ex: Exchange, cause: Cause, guard: Guard, send: Send) -> None:

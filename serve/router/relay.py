@@ -270,7 +270,7 @@ def _start(
     headers = [
         (b"content-type", content_type),
         (b"x-request-id", ex.request_id.encode()),
-        *ex.route.headers(ex.assignment.arm, ex.served),
+        *ex.route.headers(ex.assignment, ex.served),
         *ex.limits,
     ]
     for name, value in connection.headers:

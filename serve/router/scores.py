@@ -44,9 +44,9 @@ class Scores:
                 await self._task
         await asyncio.to_thread(self._write, True)
 
-    def add(self, key: EvidenceKey | None, row: ScoreRow) -> None:
-        """Count a score once: as evidence where there is a key for it, and in metrics and log anyway."""
-        if key is not None:
+    def add(self, keys: tuple[EvidenceKey, ...], row: ScoreRow) -> None:
+        """Count a score once: as evidence of each of the keys, and in metrics and log anyway."""
+        for key in keys:
             self._ledger.score(key, row.grader, row.score)
         self._metrics.graded(row.route, row.arm, row.grader, row.score)
         if self._writer is None or len(self._lines) >= _MAX_LINES:

@@ -80,7 +80,7 @@ def _row(note: _Note) -> Served:
         route=note.split.route,
         arm=assignment.arm.value,
         reason=assignment.reason.value,
-        rollout_id=note.split.rollout_id,
+        rollout_id=note.split.rollout_of(assignment),
         split_version=assignment.split_version,
         log_mode=mode_of(note.log_policy, assignment.unit_hash).value,
         subjects=" ".join(subjects),

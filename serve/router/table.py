@@ -10,8 +10,9 @@ from collections import Counter
 
 from contracts.keys import ApiKey
 from contracts.routes import RouteSettings
-from contracts.traffic import Arm, Split, Upstream
+from contracts.traffic import Arm, Assignment, Split, Upstream
 from serve.router.keys import in_scope
+from serve.router.ledger import EvidenceKey
 from serve.router.limits import Limiter
 from serve.router.metrics import Metrics
 from serve.state.traffic import RouterReport
@@ -22,7 +23,7 @@ _log = logging.getLogger("stillhouse.router")
 class Route:
     """Split and settings in force. Requests keep the Route they were assigned under until they end."""
 
-    __slots__ = ("_headers", "_holds", "limiter", "settings", "split")
+    __slots__ = ("_evidence", "_headers", "_holds", "limiter", "settings", "split")
 
     def __init__(
         self, split: Split, settings: RouteSettings | None = None, limiter: Limiter | None = None
@@ -31,36 +32,54 @@ class Route:
         self.settings = settings or RouteSettings(route=split.route)
         self.limiter = limiter
         """Shared by all versions of this route; None where nothing is bounded."""
-        self._headers: dict[tuple[Arm, str], list[tuple[bytes, bytes]]] = {}
-        self._holds = {arm: self._held_by(arm) for arm in Arm}
+        self._headers: dict[tuple[Arm, int, str], list[tuple[bytes, bytes]]] = {}
+        slots = [(Arm.CANARY, n) for n in range(1, len(split.others) + 1)]
+        self._holds = {(arm, n): self._held_by(arm, n) for arm, n in [*((arm, 0) for arm in Arm), *slots]}
+        self._evidence = {
+            (Arm.STABLE, 0): self._keys(Arm.STABLE, *split.rollouts),
+            (Arm.CANARY, 0): self._keys(Arm.CANARY, split.rollout_id),
+            **{slot: self._keys(Arm.CANARY, split.others[slot[1] - 1].rollout_id) for slot in slots},
+        }
 
-    def headers(self, assigned: Arm, served: Upstream) -> list[tuple[bytes, bytes]]:
+    def evidence(self, assigned: Assignment) -> tuple[EvidenceKey, ...]:
+        """Where a request counts: a student's for its own rollout, the stable arm's for every one."""
+        return self._evidence.get((assigned.arm, assigned.slot), ())
+
+    def headers(self, assigned: Assignment, served: Upstream) -> list[tuple[bytes, bytes]]:
         """Response headers that say which arm was assigned and which upstream's model answered."""
-        lines = self._headers.get((assigned, served.name))
+        key = (assigned.arm, assigned.slot, served.name)
+        lines = self._headers.get(key)
         if lines is None:
             lines = [
-                (b"x-stillhouse-arm", assigned.value.encode()),
+                (b"x-stillhouse-arm", assigned.arm.value.encode()),
                 (b"x-stillhouse-model", _header_value(served.model)),
                 (b"x-stillhouse-split", str(self.split.version).encode()),
             ]
-            if served is not self.upstream(assigned):
+            if served is not self.upstream(assigned.arm, assigned.slot):
                 lines.append((b"x-stillhouse-fallback", b"true"))
-            self._headers[assigned, served.name] = lines
+            self._headers[key] = lines
         return lines
 
-    def upstream(self, arm: Arm) -> Upstream | None:
-        """The upstream of an arm, None when this split has no such arm."""
+    def upstream(self, arm: Arm, slot: int = 0) -> Upstream | None:
+        """The upstream of an arm and a slot, None when this split has no such arm."""
+        if slot:
+            return self.split.others[slot - 1].upstream
         return self.split.stable if arm is Arm.STABLE else self.split.canary
 
-    def holds(self, assigned: Arm) -> tuple[str, ...]:
-        """Upstreams a request of this arm may still need: its own and those it would fall back to."""
-        return self._holds[assigned]
+    def holds(self, assigned: Assignment) -> tuple[str, ...]:
+        """Upstreams a request may still need: its own and those it would fall back to."""
+        return self._holds[assigned.arm, assigned.slot]
 
-    def _held_by(self, assigned: Arm) -> tuple[str, ...]:
+    def _held_by(self, arm: Arm, slot: int) -> tuple[str, ...]:
         names = [self.split.stable.name, *(u.name for u in self.settings.fallbacks)]
-        if assigned is Arm.CANARY and self.split.canary is not None:
-            names.append(self.split.canary.name)
+        student = self.upstream(arm, slot) if arm is Arm.CANARY else None
+        if student is not None:
+            names.append(student.name)
         return tuple(dict.fromkeys(names))
+
+    def _keys(self, arm: Arm, *rollouts: str | None) -> tuple[EvidenceKey, ...]:
+        split = self.split
+        return tuple(EvidenceKey(split.route, r, arm.value, split.version) for r in rollouts if r is not None)
 
 
 class RouteTable:
@@ -146,7 +165,7 @@ class RouteTable:
             (self._routes[n] for n in sorted(self._routes) if self._routes[n].settings.default), None
         )
 
-    def hold(self, route: Route, assigned: Arm) -> tuple[str, ...]:
+    def hold(self, route: Route, assigned: Assignment) -> tuple[str, ...]:
         """A request begins: note the upstreams it may need, so that a drain waits for it."""
         names = route.holds(assigned)
         for name in names:

@@ -27,8 +27,7 @@ class Verdicts:
     def graded(self, draft: Exchange, grader: str, score: float) -> None:
         """Count a score for the arm that gave the answer."""
         self._metrics.graded(draft.route.split.route, draft.assignment.arm.value, grader, score)
-        key = draft.evidence()
-        if key is not None:
+        for key in draft.evidence():
             self._ledger.score(key, grader, score)
 
     def ungraded(self, grader: str, reason: str) -> None:

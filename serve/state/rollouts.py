@@ -102,20 +102,19 @@ class RolloutState:
 
     def create(self, spec: RolloutSpec, status: RolloutStatus, notices: Sequence[Notice] = ()) -> None:
         """Store a new rollout. Raises ConflictError when the route already has an active one."""
-        values = {
-            "id": spec.id,
-            "route": spec.route,
-            "active_route": spec.route,
-            "created_at": spec.created_at,
-            "spec": spec.model_dump_json(),
-            "status": status.model_dump_json(),
-            "status_version": 1,
-        }
+        self.create_all([(spec, status)], notices)
+
+    def create_all(
+        self, made: Sequence[tuple[RolloutSpec, RolloutStatus]], notices: Sequence[Notice] = ()
+    ) -> None:
+        """Store the rollouts of one test, all of them or none. Raises ConflictError like `create`."""
         try:
             with self._engine.begin() as db:
-                db.execute(insert(rollouts).values(**values))
+                for spec, status in made:
+                    db.execute(insert(rollouts).values(**_new_row(spec, status)))
                 write_notices(db, notices)
         except IntegrityError as err:
+            spec = made[0][0]
             raise ConflictError(
                 f"route {spec.route!r} already has an active rollout (or id {spec.id!r} exists). "
                 f"See 'stillhouse rollout status {spec.route}'; 'stillhouse rollout abort' ends it."
@@ -328,13 +327,25 @@ _STATUS = (
 )
 
 
+def _new_row(spec: RolloutSpec, status: RolloutStatus) -> dict[str, Any]:
+    return {
+        "id": spec.id,
+        "route": spec.route,
+        "active_route": spec.place,
+        "created_at": spec.created_at,
+        "spec": spec.model_dump_json(),
+        "status": status.model_dump_json(),
+        "status_version": 1,
+    }
+
+
 def _status_row(tick: Tick) -> dict[str, Any]:
     spec, status = tick.before.spec, tick.status
     return {
         "rollout": spec.id,
         "version": tick.before.status_version,
         "body": tick.status_json or status.model_dump_json(),
-        "active": None if status.phase.terminal else spec.route,
+        "active": None if status.phase.terminal else spec.place,
     }
 
 

@@ -91,8 +91,8 @@ rollouts = Table(
     Column("status", Text, nullable=False),
     Column("status_version", Integer, nullable=False),
 )
-"""`active_route` equals the route while the rollout is active and NULL after: the database itself
-guarantees one active rollout a route."""
+"""`active_route` is the rollout's place (the route or, of an A/B/n test, one slot of it) while it is active
+and NULL after: the database itself guarantees one active rollout a place."""
 
 audit = Table(
     "audit",

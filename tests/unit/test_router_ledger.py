@@ -9,7 +9,8 @@ import threading
 from sqlalchemy import Engine
 
 from contracts.metrics import GRADE, LATENCY_BUCKETS_S, ArmCounts
-from contracts.traffic import Arm, Split, Upstream
+from contracts.traffic import Arm, Split, UnitKind, Upstream
+from serve.router.assign import assign
 from serve.router.config import RouterConfig
 from serve.router.ledger import EvidenceKey, Ledger, bucket_of
 from serve.router.metrics import Metrics
@@ -115,8 +116,8 @@ def test_a_canary_request_holds_stable_too() -> None:
     table.apply({"support": split(5, 0.5)})
     route = table.get("support")
     assert route is not None
-    held = table.hold(route, Arm.CANARY)
-    other = table.hold(route, Arm.STABLE)
+    held = table.hold(route, assign(route.split, UnitKind.HEADER, "c", Arm.CANARY))
+    other = table.hold(route, assign(route.split, UnitKind.HEADER, "c", Arm.STABLE))
     assert table.report("r").in_flight == {"teacher": 2, "student": 1}
     table.release(held)
     table.release(other)

@@ -26,7 +26,7 @@ class Seen:
     seconds: float
     """When it was looked at, since the rollout was asked for."""
     weight: float | None
-    """None when the trail does not say which weight its split had."""
+    """Among the units that were its own or stable's; None when the trail does not say which its split had."""
     window: SeenWindow
     look: int
     """Which look consumed it, from 0; what came in while it drained belongs to no look: -1."""
@@ -82,7 +82,7 @@ def windows(spec: RolloutSpec, trail: Iterable[AuditEntry]) -> Iterator[Seen]:
             continue
         seen = Observation.model_validate(body["observation"])
         if seen.split is not None:
-            weights[seen.split.version] = seen.split.weight
+            weights[seen.split.version] = seen.split.share_of(spec.id)
         drained = (
             entry.kind == "transition" and body.get("to") in _DRAINED and body.get("from") not in _DRAINED
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from contracts.hooks import HookPoint
 from contracts.rollout import Phase
 from serve.rollout import schedule
-from serve.rollout.draft import Draft, end, enter_step, said
+from serve.rollout.draft import Draft, end, enter_step, said, superseded
 from serve.rollout.rules.budgets import NOT_ITS_FAULT, engine_error
 from serve.rollout.rules.confirming import confirmed, hear, waits_for
 
 
 def pending(d: Draft) -> None:
     """Wait for whoever must confirm the start, then until the application is up."""
-    if _commands(d):
+    if d.spec.test is not None and d.status.stable is None and d.seen.split is not None:
+        d.set(stable=d.seen.split.stable)
+    if _commands(d) or _over(d):
         return
     if (failed := hear(d)) is not None:
         end(d, "aborted", f"the start could not be confirmed: {failed}")
@@ -28,7 +30,7 @@ def pending(d: Draft) -> None:
 
 def warming(d: Draft) -> None:
     """Probe it; once it answers, the first step begins when windows and hooks allow."""
-    if _commands(d):
+    if _commands(d) or _over(d):
         return
     if (failed := hear(d)) is not None:
         again = f"{failed}; '{_RESUME}' asks again"
@@ -68,6 +70,14 @@ def _wait(d: Draft, reason: str) -> None:
 def _warm_timeout(d: Draft, what: str) -> None:
     if not d.status.paused and d.seen.now - d.status.phase_since > d.spec.warm_timeout_s:
         end(d, "aborted", f"{NOT_ITS_FAULT}: {what} within {d.spec.warm_timeout_s:g} s")
+
+
+def _over(d: Draft) -> bool:
+    """True when another student of its test became the stable arm before this one got traffic."""
+    over = superseded(d.spec, d.status, d.seen.split)
+    if over is not None:
+        end(d, "aborted", over)
+    return over is not None
 
 
 def _commands(d: Draft) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from contracts.gates import Verdict
 from contracts.metrics import PAIR, ArmCounts
-from contracts.rollout import Phase, RolloutSpec, SrmRule
+from contracts.rollout import Phase, RolloutSpec, SrmBlock, SrmRule
 from contracts.traffic import Arm
 from serve.rollout import evidence, sentences
 from serve.rollout.draft import Draft, roll_back
@@ -100,10 +100,32 @@ def _sample_ratio(d: Draft, step: dict[str, ArmCounts]) -> dict[str, Any]:
     Undivided, a sound split of conversations of 3 requests is said to be skewed in 12 % of all hours
     (simulated, 300 requests a minute), of geometric lengths in 35 %; divided by twice their mean in none.
     """
-    unit = d.spec.srm_unit_requests
-    canary, other = (step.get(arm.value, ArmCounts()).n / unit for arm in (Arm.CANARY, Arm.STABLE))
-    if d.spec.srm is SrmRule.IGNORE or canary + other == 0 or d.status.weight >= 1.0:
+    assert d.seen.split is not None
+    share, block = d.seen.split.share_of(d.spec.id), d.status.srm_block
+    if d.spec.srm is SrmRule.IGNORE or not any(arm.n for arm in step.values()) or not 0.0 < share < 1.0:
         return {}
-    log_e = max(d.status.log_srm, srm.block_log_e(srm.Block(d.status.weight, canary, other)))
+    if block is None or block.share != share:
+        block = _next_block(d, share)
+    log_e = max(d.status.log_srm, block.log_e + _mismatch(d.spec, block, step))
     shown = log_e >= math.log(1.0 / d.spec.alpha_srm)
-    return {"log_srm": log_e, "srm": Verdict.FAIL if shown else Verdict.PASS}
+    return {"log_srm": log_e, "srm": Verdict.FAIL if shown else Verdict.PASS, "srm_block": block}
+
+
+def _next_block(d: Draft, share: float) -> SrmBlock:
+    """Another share from here on; blocks multiply, as each one's e-value is one given the past."""
+    last, step = d.status.srm_block, d.status.step_counts
+    if last is None:
+        return SrmBlock(share=share)
+    canary, stable = (step.get(arm.value, ArmCounts()).n for arm in (Arm.CANARY, Arm.STABLE))
+    return SrmBlock(
+        share=share, canary=canary, stable=stable, log_e=last.log_e + _mismatch(d.spec, last, step)
+    )
+
+
+def _mismatch(spec: RolloutSpec, block: SrmBlock, step: dict[str, ArmCounts]) -> float:
+    """Log e-value of a mismatch in what came under a block's share."""
+    canary, stable = (step.get(arm.value, ArmCounts()).n for arm in (Arm.CANARY, Arm.STABLE))
+    unit = spec.srm_unit_requests
+    return srm.block_log_e(
+        srm.Block(block.share, (canary - block.canary) / unit, (stable - block.stable) / unit)
+    )

@@ -12,7 +12,7 @@ from contracts.metrics import ArmCounts
 from contracts.rollout import Phase, SrmRule
 from contracts.traffic import Arm
 from serve.rollout import schedule, sentences
-from serve.rollout.draft import Draft, end, enter_step, ours, promote, roll_back, said
+from serve.rollout.draft import Draft, end, enter_step, ours, promote, roll_back, said, superseded
 from serve.rollout.observation import Asked
 from serve.rollout.rules.confirming import confirmed, hear, waits_for
 from serve.rollout.rules.ladder import step_evidence
@@ -23,6 +23,9 @@ WITH_TRAFFIC = (Phase.RAMPING, Phase.HELD, Phase.PAUSED)
 
 def with_traffic(d: Draft) -> None:
     """One tick while the canary gets traffic."""
+    if (over := superseded(d.spec, d.status, d.seen.split)) is not None:
+        end(d, "aborted", over)
+        return
     if not ours(d):
         end(d, "aborted", f"the split of route {d.spec.route!r} was changed by somebody else")
         return
