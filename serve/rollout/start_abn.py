@@ -108,9 +108,12 @@ def _check_metrics(policy: RolloutPolicy) -> None:
 def _check_different(records: Sequence[ModelRecord]) -> None:
     seen: dict[str, str] = {}
     for record in records:
-        other = seen.setdefault(record.artifact.digest, record.ref)
-        if other is not record.ref:
-            raise ConflictError(f"{record.ref} is the same artifact as {other}; name each student once.")
+        digest = record.artifact.digest
+        if digest in seen:
+            raise ConflictError(
+                f"{record.ref} is the same artifact as {seen[digest]}; name each student once."
+            )
+        seen[digest] = record.ref
 
 
 def _specs(

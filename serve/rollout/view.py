@@ -190,7 +190,8 @@ def arms_table(stored: StoredRollout, live: Live, look: Look) -> Table:
     status, narrow, tiny = stored.status, look.width < _NARROW, look.width < _TINY
     names = ["arm", "weight", "requests", "errors"] + ([] if tiny else ["graded"]) + ["wrong"]
     table = _bare(*names, *([] if narrow else ["ttft p50/p95", "e2e p50/p95"]))
-    arms = (("stable", status.stable, 1.0 - status.weight), ("canary", stored.spec.candidate, status.weight))
+    candidate = stored.spec.candidate
+    arms = (("stable", status.stable, _stable_share(stored)), ("canary", candidate, status.weight))
     for place, (arm, upstream, weight) in enumerate(arms):
         c = status.total_counts.get(arm, ArmCounts())
         branch = look.sign("branch" if place == 0 else "last")
@@ -204,6 +205,14 @@ def arms_table(stored: StoredRollout, live: Live, look: Look) -> Table:
         for replica in () if tiny else _replicas(upstream, live, look, last=place == 1):
             table.add_row(replica)
     return table
+
+
+def _stable_share(stored: StoredRollout) -> float:
+    """What the student leaves the stable arm or, while an A/B/n test runs, what all of them do."""
+    status, block = stored.status, stored.status.srm_block
+    if stored.spec.test is None or block is None or status.decision is not None:
+        return 1.0 - status.weight
+    return status.weight / block.share - status.weight
 
 
 def metrics_table(stored: StoredRollout, look: Look = Look()) -> Table:

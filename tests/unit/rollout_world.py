@@ -85,6 +85,8 @@ class Routers:
     """How the upstream behaves that was stable before the rollout."""
     canary: ArmModel = GOOD
     """How the student behaves."""
+    students: dict[str, ArmModel] = field(default_factory=dict)
+    """How a student of an A/B/n test behaves, by upstream, where it differs."""
     seed: int = 0
     follow: bool = True
     """False: they keep acknowledging the version they first saw."""
@@ -99,6 +101,10 @@ class Routers:
         rng = np.random.default_rng([self.seed, int(now * 10)])
         for replica in ("router-a", "router-b"):
             n = int(rng.poisson(self.per_s * seconds / 2))
+            if split.others:
+                self._serve_test(replica, split, rng, n, now)
+                self._report(replica, split)
+                continue
             n_canary = int(rng.binomial(n, split.weight))
             if split.rollout_id is not None:
                 stable, canary = self.stable, self.canary
@@ -106,11 +112,34 @@ class Routers:
                     stable, canary = canary, stable
                 self._append(replica, split, "stable", draw_counts(rng, stable, n - n_canary), now)
                 self._append(replica, split, "canary", draw_counts(rng, canary, n_canary), now)
-            version = split.version if self.follow else 1
-            report = RouterReport(replica=replica, versions={self.route: version}, in_flight=self.busy)
-            self.traffic.report_router(report)
+            self._report(replica, split)
 
-    def _append(self, replica: str, split: Split, arm: str, counts: ArmCounts, now: float) -> None:
+    def _report(self, replica: str, split: Split) -> None:
+        version = split.version if self.follow else 1
+        report = RouterReport(replica=replica, versions={self.route: version}, in_flight=self.busy)
+        self.traffic.report_router(report)
+
+    def _serve_test(self, replica: str, split: Split, rng: np.random.Generator, n: int, now: float) -> None:
+        """An A/B/n test: each student counts for its own rollout, the stable arm for all of them."""
+        canary = [] if split.canary is None else [(split.canary.name, split.weight, split.rollout_id)]
+        students = [*canary, *((s.upstream.name, s.weight, s.rollout_id) for s in split.others)]
+        weights = [weight for _, weight, _ in students]
+        drawn = rng.multinomial(n, [*weights, max(0.0, 1.0 - sum(weights))])
+        stable = draw_counts(rng, self.stable, int(drawn[-1]))
+        for (name, _, rollout), share in zip(students, drawn[:-1], strict=True):
+            model = self.students.get(name, self.canary)
+            self._append(replica, split, "canary", draw_counts(rng, model, int(share)), now, rollout)
+            self._append(replica, split, "stable", stable, now, rollout)
+
+    def _append(
+        self,
+        replica: str,
+        split: Split,
+        arm: str,
+        counts: ArmCounts,
+        now: float,
+        rollout: str | None = None,
+    ) -> None:
         if counts.n == 0:
             return
         self.seqs[replica] = self.seqs.get(replica, 0) + 1
@@ -118,7 +147,7 @@ class Routers:
             replica=replica,
             seq=self.seqs[replica],
             route=self.route,
-            rollout_id=split.rollout_id,
+            rollout_id=rollout or split.rollout_id,
             arm=arm,
             split_version=split.version,
             at=now,

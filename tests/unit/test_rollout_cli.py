@@ -298,3 +298,30 @@ def test_starting_is_told_to_webhooks_with_the_rollout_itself(desk: Desk) -> Non
     (message,) = OutboxState(desk.world.engine).of(spec.id)
     body = json.loads(message.body)
     assert (body["event"], body["by"], body["model"]) == ("started", "ann", "student:1")
+
+
+def test_an_abn_test_from_the_terminal(desk: Desk) -> None:
+    """Several models and --ab start a test; verbs say which student with --model; status shows them all."""
+    desk.end_first()
+    for text in ("a", "b", "c"):
+        desk.publish(text=text)
+    models = ("student:1", "student:2", "student:3")
+    with pytest.raises(ConfigError, match="say --ab WEIGHT"):
+        desk.run("start", "support", *models)
+    with pytest.raises(ConfigError, match=r"--ab: 3 students of 0.3 leave the stable arm 0.1, less"):
+        desk.run("start", "support", *models, "--ab", "0.3")
+    out = desk.run("start", "support", *models, "--ab", "0.2", "--reason", "which size")
+    assert "A/B/n test of 3 students at 20 % each, 40 % stay with the stable arm" in out
+    assert all(model in out for model in models)
+    for _ in range(6):
+        desk.world.step()
+    shown = json.loads(desk.run("status", "support", "--json"))
+    assert [one["model"] for one in shown] == list(models)
+    assert all(model in desk.run("status", "support") for model in models)
+    with pytest.raises(ConflictError, match="say --model with one of: student:1, student:2, student:3"):
+        desk.run("promote", "support")
+    desk.run("promote", "support", "--model", "student:2", "--reason", "best")
+    for _ in range(3):
+        desk.world.step()
+    ended = {r.spec.model_ref: r.status.phase for r in desk.world.rollouts.history("support")[1:]}
+    assert ended == {"student:1": Phase.ABORTED, "student:2": Phase.PROMOTED, "student:3": Phase.ABORTED}
