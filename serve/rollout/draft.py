@@ -191,7 +191,10 @@ def _in_slot(
     if canary is not None:
         others.append(Slot(upstream=canary, start=spec.start, weight=weight, rollout_id=spec.id))
     others.sort(key=lambda slot: slot.start)
-    return {"others": tuple(others), "salt": salt, "stable": stable or split.stable}
+    changes: dict[str, Any] = {"others": tuple(others), "salt": salt, "stable": stable or split.stable}
+    if split.rollout_id is None:  # a canary that somebody set by hand is no part of the test
+        changes |= {"canary": None, "weight": 0.0, "mirror": 0.0}
+    return changes
 
 
 def _salt(d: Draft) -> str:

@@ -129,5 +129,6 @@ def _specs(
 
 
 def as_student(spec: RolloutSpec, test: str, slot: int, start: float) -> RolloutSpec:
-    """The spec as one of a test's students, with its place in the split."""
-    return RolloutSpec(**{**dict(spec), "test": test, "slot": slot, "start": start})
+    """The spec as one of a test's students, with its place in the split; ids sort by place."""
+    place = {"id": f"{test}-{slot:02d}", "test": test, "slot": slot, "start": start}
+    return RolloutSpec(**{**dict(spec), **place})

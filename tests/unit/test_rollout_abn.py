@@ -84,6 +84,23 @@ def test_three_students_share_one_split(tmp_path: Path) -> None:
     assert split.rollouts == tuple(spec.id for spec in world.specs)
 
 
+def test_a_canary_set_by_hand_is_no_part_of_it(tmp_path: Path) -> None:
+    """Its weight would overlap the slots; the first student that enters takes it away."""
+    world = Test3(tmp_path)
+    by_hand = world.split.model_copy(
+        update={"version": world.split.version + 1, "canary": TEACHER, "weight": 0.5}
+    )
+    world.traffic.put_split(by_hand)
+    world.rollouts.add_command(world.specs[0].id, "pause", "ann")  # so a slot enters first
+    world.steps(4)
+    split = world.split
+    assert (split.canary, split.weight, [s.start for s in split.others]) == (
+        None,
+        0.0,
+        [WEIGHT, 2 * WEIGHT],
+    )
+
+
 def test_a_harmful_student_is_thrown_back_alone(tmp_path: Path) -> None:
     """Its slot is freed and its digest quarantined; the others keep their units and go on."""
     world = Test3(tmp_path, students={"student-v11": BROKEN})

@@ -316,7 +316,7 @@ def test_an_abn_test_from_the_terminal(desk: Desk) -> None:
     for _ in range(6):
         desk.world.step()
     shown = json.loads(desk.run("status", "support", "--json"))
-    assert [one["model"] for one in shown] == list(models)
+    assert [one["spec"]["model_ref"] for one in shown] == list(models)
     assert all(model in desk.run("status", "support") for model in models)
     with pytest.raises(ConflictError, match="say --model with one of: student:1, student:2, student:3"):
         desk.run("promote", "support")
