@@ -9,13 +9,15 @@ hooks) or statistics.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,6 +43,19 @@ log = logging.getLogger(__name__)
 
 Hook = Callable[[RolloutSpec], None]
 _Decided = tuple[Tick, Observation, Decision]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Of a thousand rollouts a tick makes a hundred thousand objects without a cycle; walking them all again
+    and again would be a sixth of it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Controller:
@@ -127,6 +142,14 @@ class Controller:
             self._metrics.leader.set(1.0 if leading else 0.0)
         if not leading:
             return False
+        with _no_garbage_collection():
+            finished = self._pass()
+        if finished and self._metrics is not None:
+            self._metrics.tick_seconds.observe(time.monotonic() - started)
+        return finished
+
+    def _pass(self) -> bool:
+        """Step every rollout that is due and store what was decided; False when the lease went meanwhile."""
         waiting: list[_Decided] = []
         for stored in self._observer.begin():
             if not self.leading() and not self._renew():
@@ -141,8 +164,6 @@ class Controller:
                 log.exception("rollout %s: tick failed, trying again", stored.spec.id)
                 self._observer.lost(stored.spec.id)
         self._save_all(waiting)
-        if self._metrics is not None:
-            self._metrics.tick_seconds.observe(time.monotonic() - started)
         return True
 
     def _lead(self) -> bool:
