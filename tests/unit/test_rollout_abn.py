@@ -13,7 +13,7 @@ from contracts.gates import Verdict
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import ModelRecord
 from contracts.rollout import Phase, RolloutSpec, RolloutStatus, Step
-from contracts.traffic import Slot, Split, Upstream
+from contracts.traffic import Arm, Slot, Split, Upstream
 from registry.digest import digest_folder
 from registry.fake import FakeRegistry
 from serve.rollout.decide import initial
@@ -21,12 +21,13 @@ from serve.rollout.draft import Draft
 from serve.rollout.observation import Observation, SeenWindow
 from serve.rollout.policy import make_spec
 from serve.rollout.replay import replay
-from serve.rollout.report import trail
+from serve.rollout.report import requests, trail
 from serve.rollout.rules.looking import look
 from serve.rollout.start import ask, start_rollout
 from serve.rollout.start_abn import abn_policy, as_student, start_abn
 from serve.state.rollouts import StoredRollout
 from serve.state.tables import rollouts as rollout_table
+from tests.unit import report_log
 from tests.unit.rollout_world import BROKEN, GOOD, T0, TEACHER, Routers, World, demo_policy, record
 
 WEIGHT = 0.2
@@ -242,6 +243,26 @@ def test_a_skewed_student_is_seen_beside_others() -> None:
         look(draft)
         verdicts.append(draft.status.srm)
     assert verdicts == [Verdict.PASS, Verdict.FAIL]
+
+
+def test_a_report_has_the_stable_rows_of_the_whole_test(tmp_path: Path) -> None:
+    """A stable answer's row names the first rollout only; every student's report must see it."""
+    policy = abn_policy(demo_policy(), 2, WEIGHT)
+    first, second = (
+        as_student(make_spec(policy, "support", record(n), now=T0), "t", n, n * WEIGHT) for n in range(2)
+    )
+    lines = [
+        report_log.row(1, first.id, Arm.STABLE),
+        report_log.row(2, first.id, Arm.CANARY),
+        report_log.row(3, second.id, Arm.CANARY),
+        report_log.row(4, "t2-00", Arm.STABLE),
+    ]
+    folder = report_log.write(tmp_path / "log", lines)
+    found = {
+        spec.id: [r.request_id for r in requests.rows(folder, spec, T0 + 100, requests.Scan())]
+        for spec in (first, second)
+    }
+    assert found == {first.id: ["req-1", "req-2"], second.id: ["req-1", "req-3"]}
 
 
 # what a split and a spec may be ------------------------------------------------------------------

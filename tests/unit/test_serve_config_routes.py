@@ -11,7 +11,7 @@ from contracts.config import parse_config
 from contracts.errors import StateError
 from contracts.metrics import MetricKind, MetricSpec
 from contracts.rollout import RolloutSpec, RolloutStatus, Step
-from contracts.traffic import Split, Upstream
+from contracts.traffic import Slot, Split, Upstream
 from serve.app import students_in_use, write_routes
 from serve.config import ServeConfig
 from serve.state.rollouts import RolloutState
@@ -76,6 +76,25 @@ def test_reset_goes_back_to_the_file(tmp_path: Path, stores: tuple[TrafficState,
     split = stores[0].get_split("support")
     assert split is not None
     assert (split.version, split.stable.name, split.canary) == (3, "teacher", None)
+
+
+def test_the_students_of_a_test_are_the_splits_too(
+    tmp_path: Path, stores: tuple[TrafficState, RolloutState]
+) -> None:
+    """A restart must bring the slots' applications back, or say that nobody knows them; a reset drops them."""
+    config, (traffic, rollouts) = config_for(tmp_path), stores
+    write_routes(config, traffic)
+    before = traffic.get_split("support")
+    assert before is not None
+    slot = Slot(upstream=STUDENT, start=0.2, weight=0.2, rollout_id="r-01")
+    traffic.put_split(before.model_copy(update={"version": 2, "others": (slot,)}))
+    with pytest.raises(StateError, match="points to application 's-v1'"):
+        students_in_use(config, traffic, rollouts)
+    write_routes(config, traffic, reset=True)
+    after = traffic.get_split("support")
+    assert after is not None
+    assert (after.version, after.others, after.stable.name) == (3, (), "teacher")
+    assert students_in_use(config, traffic, rollouts) == {}
 
 
 def test_students_of_splits_are_redeployed(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:

@@ -86,8 +86,11 @@ def scan(folder: Path, spec: RolloutSpec, end: float, each: int) -> Scan:
 
 
 def rows(folder: Path, spec: RolloutSpec, end: float, counted: Scan) -> Iterator[RequestRow]:
-    """Rows of one rollout. Lines of others are passed over unparsed, broken ones are counted."""
-    wanted = f'"{spec.id}"'.encode()
+    """Rows of one rollout. Lines of others are passed over unparsed, broken ones are counted.
+
+    A row of the stable arm names one rollout; in an A/B/n test it belongs to every student's.
+    """
+    wanted = f'"{spec.id}"'.encode() if spec.test is None else f'"{spec.test}-'.encode()
     for path in segments(folder, spec.created_at, end):
         try:
             file = path.open("rb")
@@ -105,8 +108,12 @@ def rows(folder: Path, spec: RolloutSpec, end: float, counted: Scan) -> Iterator
                 except ValidationError:
                     counted.broken += 1
                     continue
-                if row.rollout_id == spec.id:
+                if row.rollout_id == spec.id or (row.arm is Arm.STABLE and _same_test(row, spec)):
                     yield row
+
+
+def _same_test(row: RequestRow, spec: RolloutSpec) -> bool:
+    return spec.test is not None and (row.rollout_id or "").startswith(f"{spec.test}-")
 
 
 def segments(folder: Path, start: float, end: float) -> list[Path]:
