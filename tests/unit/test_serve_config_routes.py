@@ -81,7 +81,7 @@ def test_reset_goes_back_to_the_file(tmp_path: Path, stores: tuple[TrafficState,
 def test_the_students_of_a_test_are_the_splits_too(
     tmp_path: Path, stores: tuple[TrafficState, RolloutState]
 ) -> None:
-    """A restart must bring the slots' applications back, or say that nobody knows them; a reset drops them."""
+    """A restart must bring the slots' applications back, or say who nobody knows; a reset drops them."""
     config, (traffic, rollouts) = config_for(tmp_path), stores
     write_routes(config, traffic)
     before = traffic.get_split("support")
