@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.decisions.setting import BASE, DAY, MARGIN, SEED, WEIGHT, Ended, spec
+from benchmarks.decisions.setting import BASE, DAY, HOUR, MARGIN, SEED, WEIGHT, Ended, spec
 from benchmarks.decisions.traffic import Floats, Minute, Traffic
 from contracts.metrics import ArmCounts
 from serve.rollout.observation import SeenWindow
@@ -29,14 +29,24 @@ _NEAR = 1e-6
 
 def days(seeds: Sequence[int]) -> list[tuple[Ended, float]]:
     """By run: how its day ended, and the minute of the detector's false alarm (0: none)."""
-    traffic = Traffic(len(seeds), 0.0, seed=(SEED, seeds[0])).minutes(DAY, WEIGHT)
+    return _follow(Traffic(len(seeds), 0.0, seed=(SEED, seeds[0])).minutes(DAY, WEIGHT), seeds)
+
+
+def hours(seeds: Sequence[int]) -> list[Ended]:
+    """The same for an hour, of other traffic: cheap, so there can be many and the error is small."""
+    traffic = Traffic(len(seeds), 0.0, seed=(SEED, seeds[0], HOUR)).minutes(HOUR, WEIGHT)
+    return [ended for ended, _ in _follow(traffic, seeds)]
+
+
+def _follow(traffic: Minute, seeds: Sequence[int]) -> list[tuple[Ended, float]]:
+    looks = len(traffic.n_c)
     harm, alarm = screen(traffic)
     of = spec(hold_final=True)
     found = []
     for i, seed in enumerate(seeds):
-        mine = [Window(*(int(column[look, i]) for column in traffic)) for look in range(DAY)]
+        mine = [Window(*(int(column[look, i]) for column in traffic)) for look in range(looks)]
         checked = seed % REPLAYED == 0
-        end, alarm_at = Ended("", float(DAY)), 0.0
+        end, alarm_at = Ended("", float(looks)), 0.0
         if checked or harm[:, i].max() >= math.log(1.0 / of.alpha_harm) - _NEAR:
             end = _decided(mine)
             _agree(end.decision == "rolled_back", harm[:, i].max(), math.log(1.0 / of.alpha_harm), seed)
@@ -81,7 +91,7 @@ def _decided(windows: list[Window]) -> Ended:
         stable, canary = ArmCounts(n=n_b, errors=k_b), ArmCounts(n=n_c, errors=k_c)
         return SeenWindow(split_version=2, stable=stable, canary=canary)
 
-    run = follow(spec(hold_final=True), counts, DAY * 60.0)
+    run = follow(spec(hold_final=True), counts, len(windows) * 60.0)
     return Ended(run.status.decision or "", run.seconds / 60.0)
 
 

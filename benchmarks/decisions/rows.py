@@ -36,10 +36,11 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {  # by seed
     "unpaired score": judged.unpaired_score,
     "unpaired quality": judged.unpaired_quality,
 }
-BATCHES: dict[str, Callable[[Sequence[int]], list[Any]]] = {"a_day": day.days}
+BATCHES: dict[str, Callable[[Sequence[int]], list[Any]]] = {"a_day": day.days, "a_hour": day.hours}
 """Scenarios that take many seeds at once."""
 MULTIPLE: dict[str, float] = {
     "a_day": 3,
+    "a_hour": 10,
     **dict.fromkeys(("+1", "+2", "+5", "promote +0", "ramp +0"), 2),
     **dict.fromkeys((name for name in ours.SCENARIOS if "tolerant" in name or "ladder" in name), 0.25),
     **dict.fromkeys(("low, 1 % errors", "low, default ramp"), 0.25),
@@ -49,6 +50,7 @@ MULTIPLE: dict[str, float] = {
 that only inform get fewer, and say how many."""
 COST = {
     "a_day": 40,
+    "a_hour": 2,
     "low": 30,
     "low, 1 % errors": 90,
     "low, default ramp": 20,
@@ -97,14 +99,14 @@ def _our_rows(found: Found) -> list[Row]:
     a_day = [ended for ended, _ in found["a_day"]]
     alarms = [at or np.inf for _, at in found["a_day"]]
     made: list[Row] = [
-        row(OURS, "A/A, rolled back within 1 h", when(a_day, "rolled_back", HOUR)),
+        row(OURS, "A/A, rolled back within 1 h", when(found["a_hour"], "rolled_back")),
         row(OURS, "A/A, rolled back within 24 h", when(a_day, "rolled_back")),
         row(f"{OURS}, detector", "A/A, false alarm within 24 h", alarms),
         row(f"{OURS}, detector", "+2 pp after 4 healthy hours, found within 3 h", found["late"]),
         row(OURS, "promotion at the margin, harm test off", when(found["boundary"], "promoted")),
     ]
     for name, ends in found.items():
-        if name in ("a_day", "late", "boundary") or name in _JUDGED:
+        if name in ("a_day", "a_hour", "late", "boundary") or name in _JUDGED:
             continue
         made.append(row(OURS, f"{name}: rolled back", when(ends, "rolled_back")))
         made.append(row(OURS, f"{name}: promoted", when(ends, "promoted")))
@@ -177,7 +179,7 @@ def bars(found: Found, tick_s: float) -> list[Bar]:
 
     alarms = Share.of([at or np.inf for _, at in found["a_day"]]).percent
     return [
-        at_most("A/A rolled back within 1 h, %", Share.of(when(a_day, "rolled_back", HOUR)).percent, 2.5),
+        at_most("A/A rolled back within 1 h, %", Share.of(when(found["a_hour"], "rolled_back")).percent, 2.5),
         at_most("A/A rolled back within 24 h, %", Share.of(when(a_day, "rolled_back")).percent, 3.5),
         at_least("+2 pp found within 60 min, %", two.percent, 99),
         at_most("+2 pp, median minutes", median("+2", "rolled_back"), 11),
