@@ -67,7 +67,8 @@ def main() -> int:
 
 def _soak(rig: Rig, crowd: Crowd, seconds: float) -> dict[str, list[float]]:
     """Let time pass and change things; MiB of every router after warming up and at the end."""
-    began, next_change = time.monotonic(), seconds / SPLIT_CHANGES
+    every = seconds / (SPLIT_CHANGES + 1)
+    began, next_change = time.monotonic(), every
     memory: dict[str, list[float]] = {}
     with Progress() as progress:
         task = progress.add_task("soak", total=seconds)
@@ -81,7 +82,7 @@ def _soak(rig: Rig, crowd: Crowd, seconds: float) -> dict[str, list[float]]:
             if passed >= next_change:
                 rig.change_split()
                 rig.change_keys()
-                next_change += seconds / SPLIT_CHANGES
+                next_change += every
     for name, mib in rig.memory().items():
         memory[name].append(mib)
     return memory
