@@ -143,9 +143,13 @@ class OneClient:
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self._socket = socket.create_connection(door.address, timeout=_WAIT_S)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.answer = Answer()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._socket = socket.create_connection(self._door.address, timeout=_WAIT_S)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._used = False
 
     def close(self) -> None:
         """Hang up."""
@@ -156,12 +160,20 @@ class OneClient:
         answer = self.answer
         answer.forget()
         started = time.perf_counter()
+        begun = False
         self._socket.sendall(request)
         while not answer.whole:
             data = self._socket.recv(1 << 16)
+            if not data and self._used and not begun:
+                # Closed between two answers, as a load balancer may that was given a new configuration.
+                self.close()
+                self._connect()
+                return self.ask(request)
             if not data:
                 raise Failed(f"{self._door.url} closed the connection within an answer")
+            begun = True
             answer.feed(data)
+        self._used = True
         if answer.status != 200:
             raise Failed(f"{self._door.url} answered {answer.status}: {answer.body[:300]!r}")
         return answer.first - started, time.perf_counter() - started
