@@ -1,4 +1,6 @@
-"""Runs a gateway on a Ray Serve of its own, HAProxy in front, one replica; prints its URL.
+"""Runs a gateway on a Ray Serve of its own, HAProxy in front; prints its URL.
+
+The router has as many replicas as it has processes alone, the bare proxy one, as it has alone.
 
 Usage: python -m benchmarks.gateway.on_ray stillhouse CONFIG METRICS_DIR | bare
 """
@@ -47,9 +49,10 @@ def _app(which: str, *args: str) -> Any:
         from contracts.config import load_config
         from serve.router.config import RouterConfig
         from serve.router.deployment import build_router_app
+        from serve.router.workers import default_workers
 
         config, metrics = args
-        return build_router_app(load_config(config, RouterConfig), 1, metrics)
+        return build_router_app(load_config(config, RouterConfig), default_workers(), metrics)
     from ray import serve as ray_serve
 
     from benchmarks.gateway.bare import BareReplica
