@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from contracts.gates import Verdict
-from contracts.metrics import LATENCY_BUCKETS_S, ArmCounts, MetricSpec, Role
+from contracts.metrics import ArmCounts, MetricSpec, Role, bucket_quantile
 from contracts.rollout import PHASE_SENTENCES, Phase
 from contracts.traffic import Upstream
 from serve.rollout import evidence, sentences
@@ -321,7 +321,7 @@ def as_json(stored: StoredRollout) -> dict[str, Any]:
 
 def quantiles(buckets: tuple[int, ...]) -> str:
     """p50/p95 as the upper edges of the buckets they fall in."""
-    return "/".join(_edge(buckets, q) for q in (0.5, 0.95)) if sum(buckets) else "–"
+    return "/".join(_seconds(bucket_quantile(buckets, q)) for q in (0.5, 0.95)) if sum(buckets) else "–"
 
 
 def duration(seconds: float) -> str:
@@ -337,13 +337,10 @@ def when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _edge(buckets: tuple[int, ...], q: float) -> str:
-    left = q * sum(buckets)
-    for count, edge in zip(buckets, (*LATENCY_BUCKETS_S, float("inf")), strict=True):
-        left -= count
-        if left <= 0:
-            return "≤inf" if edge == float("inf") else (f"{1000 * edge:g} ms" if edge < 1 else f"{edge:g} s")
-    return "–"
+def _seconds(edge: float | None) -> str:
+    if edge is None:
+        return "≤inf"
+    return f"{1000 * edge:g} ms" if edge < 1 else f"{edge:g} s"
 
 
 def _what(entry: AuditEntry) -> str:
