@@ -279,7 +279,7 @@ def test_nothing_is_asked_without_a_canary_or_queries(fake: FakePrometheus) -> N
     """No question, no cursor."""
     reader = QueryReader(config(fake))
     status = RolloutStatus(id="r")
-    alone = SPLIT.model_copy(update={"canary": None, "weight": 0.0})
+    alone = SPLIT.model_copy(update={"canary": None, "weight": 0.0, "rollout_id": None})
     assert reader.read(spec(), status, alone, 1000.0) == ({}, {})
     errors = spec().model_copy(update={"metrics": (MetricSpec(kind=MetricKind.ERRORS, margin=0.1),)})
     assert reader.read(errors, status, SPLIT, 1000.0) == ({}, {})
