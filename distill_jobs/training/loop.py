@@ -97,6 +97,7 @@ class Trainer:
                 "tokens": self.position.tokens,
                 "seconds": self.position.seconds,
                 "epoch": (step + 1) / self.order.steps_per_epoch,
+                "workers": self.workers.world,
                 **metrics,
             }
 
