@@ -60,7 +60,7 @@ class Trainer:
         self.step = self.objective or make_step(self.model, config)
         self._loss = self.step.loss
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            self.model.activation_checkpointing_enable()  # type: ignore[operator]
         sharded = config.parallel == "fsdp2" and self.workers.world > 1
         if sharded:
             self._loss = shard(self.model, dtype, self.step.loss)

@@ -90,7 +90,7 @@ def test_two_workers_end_in_the_weights_of_one(
 def test_bf16_gradients_are_those_of_fp32_within_rounding(
     data: Path, pair: tuple[dict[str, Any], Path], parallel: str
 ) -> None:
-    """Computed in bf16, accumulated and summed in fp32: within 2 % of the fp32 gradient, and not equal to it."""
+    """Computed in bf16, accumulated and summed in fp32: within 2 % of fp32, and not equal to it."""
     expected = gradient(data, Workers())
     apart = (pair[0][f"gradient {parallel} bf16"] - expected).norm() / expected.norm()
     assert 1e-4 < float(apart) < 0.02

@@ -1,5 +1,5 @@
-"""Ray Train runs: two workers; a worker, the driver or a node is killed; each time the run goes on and ends in
-the same model."""
+"""Ray Train runs of two workers: a worker, the driver or a node is killed; each time the run goes on and ends
+in the same model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A run that validates beside its training, stops early and keeps its checkpoints on S3 (moto's server, a real
-API)."""
+"""A run that validates beside its training, stops early and keeps its checkpoints on S3 (a real API: moto's
+server)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import boto3
 import pytest
-import ray
 import torch
 from moto.server import ThreadedMotoServer
 from transformers import AutoModelForCausalLM
 
 from contracts.errors import DataError
+from distill_jobs.ray_session import ray_session
 from distill_jobs.training import EarlyStopConfig, OptimizerConfig, TrainConfig, run_training
 from distill_jobs.training.attention import register
 from distill_jobs.training.data import Rows
@@ -48,9 +48,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture
 def session(bucket: str) -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with ray_session("local", cpus=2):
+        yield
 
 
 def early(**changes: object) -> TrainConfig:

@@ -1,5 +1,5 @@
-"""The driver that `test_training_ray` starts, kills and starts again: one tiny training run on a local Ray, or
-on two nodes of which one is lost."""
+"""The driver that `test_training_ray` starts, kills and starts again: one tiny training run on a local Ray,
+or on two nodes of which one is lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from distill_jobs.ray_session import ray_session
 from distill_jobs.training import LossConfig, OptimizerConfig, TrainConfig, run_training
 
 LOST_AT = 45
@@ -33,8 +34,8 @@ def config(workers: int, **changes: object) -> TrainConfig:
 
 def on_local_ray(data: Path, base: str, out: Path) -> float:
     """Two workers on one node."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    return run_training(config(workers=2), data, base, out).metrics["step"]
+    with ray_session("local", cpus=4):
+        return run_training(config(workers=2), data, base, out).metrics["step"]
 
 
 def on_two_nodes(data: Path, base: str, out: Path) -> float:
