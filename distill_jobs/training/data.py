@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,15 +31,35 @@ class MicroBatch:
     columns: Tensor  # (N,): the hidden state at (row, column) predicts the label
     labels: Tensor  # (N,)
     in_prompt: Tensor  # (N,) bool
-    topk_ids: Tensor | None  # (N, k); rows of prompt positions are zeros
-    topk_logprobs: Tensor | None
+    weights: Tensor  # (N,) float32: the weight of the position's row
+    rationale: Tensor  # (N,) bool: the position's row has the task "rationale"
+    topk_ids: Tensor | None = None  # (N, k); rows of prompt positions are zeros
+    topk_logprobs: Tensor | None = None  # (N, k); log importance weights under the scheme "sampled"
+    teacher_hidden: Tensor | None = None  # (N, d): the teacher's last hidden states, scheme "hidden"
+    scheme: str = "topk"  # "topk", "sampled" or "hidden": what the teacher's tensors mean
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The decoder's keyword arguments."""
+        return {"input_ids": self.input_ids}
 
     def to(self, device: torch.device) -> MicroBatch:
         tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
         moved: dict[str, Any] = {
-            name: one if one is None else one.to(device) for name, one in tensors.items()
+            name: one.to(device) if isinstance(one, Tensor) else one for name, one in tensors.items()
         }
         return MicroBatch(**moved)
+
+
+class RowSource(Protocol):
+    """Rows that can be trained on, whatever they come from."""
+
+    lengths: np.ndarray  # (rows,) tokens of each row
+    prompt_len: np.ndarray  # (rows,) of which prompt
+    weights: np.ndarray  # (rows,) float32 sample weights
+    rationale: np.ndarray  # (rows,) bool: the row's task is "rationale"
+
+    def micro_batch(self, indices: np.ndarray, with_prompt: bool) -> MicroBatch:
+        """The given rows in one forward pass; `with_prompt` counts the prompt's positions, too."""
 
 
 @dataclass(slots=True)
@@ -82,6 +102,8 @@ class Rows:
         self.topk_logprobs = _ragged(table, "topk_logprobs") if with_teacher else None
         self._check(folder, max_length)
         self.k = self._k() if with_teacher else 0
+        self.weights = np.ones(len(self.lengths), dtype=np.float32)
+        self.rationale = np.zeros(len(self.lengths), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -127,6 +149,8 @@ class Rows:
             torch.from_numpy(column),
             torch.from_numpy(ids[row, column + 1]),
             torch.from_numpy(in_prompt),
+            torch.from_numpy(self.weights[indices][row]),
+            torch.from_numpy(self.rationale[indices][row]),
             *topk,
         )
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
-from distill_jobs.training.data import Order, Rows, split_for_worker
+from distill_jobs.training.data import Order, RowSource, split_for_worker
 from distill_jobs.training.optim import MasterOptimizer, schedule
-from distill_jobs.training.step import batch_loss
+from distill_jobs.training.step import Counts, Step, make_step
 
 STATE = "state.pt"
 
@@ -52,20 +53,22 @@ class Position:
 
 @dataclass(slots=True)
 class Trainer:
-    """A run in progress."""
+    """A run in progress. `objective` is what is minimised: by default what the configuration asks for."""
 
     model: nn.Module
-    rows: Rows
+    rows: RowSource
     config: TrainConfig
     workers: Workers = field(default_factory=Workers)
+    objective: Step | None = None
     position: Position = field(default_factory=Position)
     optimizer: MasterOptimizer = field(init=False)
     order: Order = field(init=False)
+    step: Step = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = MasterOptimizer(self.model, self.config.optimizer)
+        self.step = self.objective or make_step(self.model, self.config)
+        self.optimizer = MasterOptimizer(self.model, self.config.optimizer, self.step.extra_parameters())
         self.model.to(getattr(torch, self.config.dtype))
-        self.optimizer.named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.order = Order(
             self.rows.lengths, self.config.seed, self.config.batch_rows, self.config.bucket_window
         )
@@ -96,15 +99,15 @@ class Trainer:
             }
 
     def _step(self, step: int, indices: Any, device: torch.device) -> dict[str, float]:
+        indices, rows = self.step.rows(step, self.steps, indices, self.rows)
         micro = split_for_worker(
-            indices, self.rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens
+            indices, rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens
         )
-        answers = int((self.rows.lengths - self.rows.prompt_len)[indices].sum())
-        prompts = int((self.rows.prompt_len[indices] - 1).sum())
-        sums = torch.zeros(2, device=device)
+        counts = count(rows, indices)
+        sums = torch.zeros(len(self.step.parts), device=device)
         for one in micro:
-            batch = self.rows.micro_batch(one, with_prompt=self.config.loss.prompt_weight > 0).to(device)
-            loss, parts = batch_loss(self.model, batch, self.config.loss, answers, prompts)
+            batch = rows.micro_batch(one, with_prompt=self.config.loss.prompt_weight > 0).to(device)
+            loss, parts = self.step.loss(batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]
             sums += parts.float()
         self._sum_gradients()
@@ -114,8 +117,7 @@ class Trainer:
         factor = schedule(step, self.steps, self.config.optimizer)
         norm = self.optimizer.step(factor)
         return {
-            "kd": float(sums[0]),
-            "ce": float(sums[1]),
+            **dict(zip(self.step.parts, sums.tolist(), strict=True)),
             "grad_norm": norm,
             "lr": self.config.optimizer.lr * factor,
         }
@@ -141,6 +143,7 @@ class Trainer:
                 {
                     "position": [self.position.step, self.position.tokens, self.position.seconds],
                     "optimizer": self.optimizer.state_dict(),
+                    "objective": self.step.state_dict(),
                     "rng": torch.get_rng_state(),
                 },
                 temporary / STATE,
@@ -151,7 +154,20 @@ class Trainer:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         self.position = Position(*state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.step.load_state_dict(state["objective"])
         torch.set_rng_state(state["rng"])
+
+
+def count(rows: RowSource, indices: np.ndarray) -> Counts:
+    """The tokens of a step, weighted by row."""
+    weights = rows.weights[indices].astype(np.float64)
+    prompts = rows.prompt_len[indices]
+    answers = weights * (rows.lengths[indices] - prompts)
+    return Counts(
+        answers=float(answers.sum()),
+        prompts=float((weights * (prompts - 1)).sum()),
+        rationales=float(answers[rows.rationale[indices]].sum()),
+    )
 
 
 class writing:

@@ -6,10 +6,11 @@ It knows nothing of data or of other workers: gradients are summed before they c
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill_jobs.training.config import OptimizerConfig
 
@@ -27,9 +28,12 @@ def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
 class MasterOptimizer:
     """Steps fp32 copies of the trainable parameters and writes them back in the model's dtype."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, extra: Iterable[tuple[str, nn.Parameter]] = ()
+    ) -> None:
+        """`extra` parameters are stepped like the model's but belong to somebody else."""
         self.config = config
-        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.named = [(name, p) for name, p in (*model.named_parameters(), *extra) if p.requires_grad]
         self.masters = {name: p.detach().float().clone() for name, p in self.named}
         embedding = {
             id(p)
@@ -92,7 +96,3 @@ class MasterOptimizer:
         for one, saved in zip(self.optimizers, state["optimizers"], strict=True):
             one.load_state_dict(saved)
         self.write_back()
-
-    def gradients(self) -> list[Tensor]:
-        """The model's gradients, for summing over workers."""
-        return [p.grad for _, p in self.named if p.grad is not None]
