@@ -1,7 +1,8 @@
 """What happens inside a model during one forward pass: block outputs, queries, keys and values.
 
 Block outputs come from forward hooks; queries, keys and values (after rotary embedding) from a wrapper of
-whatever attention the model uses, so eager, SDPA and ours all work. Knows nothing of what they are for.
+whatever attention the model uses, so eager, SDPA and ours all work. What was packed is laid out as padded
+rows. Knows nothing of what it is for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from contracts.errors import ConfigError
+from distill_jobs.training.attention import unpack
+from distill_jobs.training.data import Packing
 
 _PREFIX = "stillhouse_recording_"
 
@@ -35,8 +38,20 @@ class Heads:
 class Seen:
     """What one forward pass left; blocks count from 1, 0 is the embedding's output."""
 
+    packing: Packing | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, S, d)
     heads: dict[int, Heads] = field(default_factory=dict)
+
+    def add_hidden(self, block: int, states: Tensor) -> None:
+        """Keep a block's output."""
+        self.hidden[block] = states if self.packing is None else unpack(states[:, None], self.packing)[:, 0]
+
+    def add_heads(self, block: int, seen: Heads) -> None:
+        """Keep a block's attention inputs."""
+        if self.packing is not None:
+            query, key, value = (unpack(one, self.packing) for one in (seen.query, seen.key, seen.value))
+            seen = Heads(query, key, value, seen.scaling)
+        self.heads[block] = seen
 
 
 def _record(inner: Any) -> Any:
@@ -86,21 +101,21 @@ class Recorder:
     def _hook(self, block: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if self._open is not None:
-                self._open.hidden[block] = output[0] if isinstance(output, tuple) else output
+                self._open.add_hidden(block, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
     def _listener(self, block: int) -> Any:
         def listener(seen: Heads) -> None:
             if self._open is not None:
-                self._open.heads[block] = seen
+                self._open.add_heads(block, seen)
 
         return listener
 
     @contextmanager
-    def recording(self) -> Iterator[Seen]:
-        """Open for one forward pass."""
-        self._open = Seen()
+    def recording(self, packing: Packing | None = None) -> Iterator[Seen]:
+        """Open for one forward pass, of rows packed so."""
+        self._open = Seen(packing)
         try:
             yield self._open
         finally:

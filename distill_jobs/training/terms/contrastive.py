@@ -41,7 +41,7 @@ class Contrast(nn.Module):
 
     def forward(self, student: Seen, teacher: Seen, positions: Positions) -> Tensor:
         """(N,) losses of the positions."""
-        groups = positions.samples if self.within_rows else None
+        groups = positions.rows if self.within_rows else None
         return torch.stack(
             [
                 info_nce(

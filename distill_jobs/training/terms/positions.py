@@ -1,6 +1,7 @@
 """Which tokens of a micro-batch the terms compare, and which tokens each of them may look back on.
 
-Knows nothing of models; positions are those whose next token counts, so padding never takes part.
+Positions count in padded rows, (rows of data, longest), also where the forward pass was packed. Knows nothing
+of models; positions are those whose next token counts, so padding never takes part.
 """
 
 from __future__ import annotations
@@ -10,27 +11,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill_jobs.training.data import MicroBatch
+
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """N positions of a (B, S) batch."""
+    """N positions of a padded (B, S) batch."""
 
     rows: Tensor  # (N,)
     columns: Tensor  # (N,)
-    samples: Tensor  # (N,): which sample each belongs to; its own row when rows are not packed
-    segments: Tensor | None = None  # (B, S): the sample at each place of a packed row, anything on padding
+
+    @classmethod
+    def of(cls, batch: MicroBatch, chosen: Tensor) -> Positions:
+        """Those of the batch's counted positions that `chosen` (N,) marks."""
+        places = batch.columns if batch.position_ids is None else batch.position_ids[0][batch.columns]
+        return cls(batch.samples[chosen], places[chosen])
 
     def pick(self, states: Tensor) -> Tensor:
         """(B, S, d) -> (N, d)."""
         return states[self.rows, self.columns]
 
     def visible(self, length: int) -> Tensor:
-        """(N, S): places that a position may look at: itself and what is before it in its own sample."""
-        place = torch.arange(length, device=self.columns.device)
-        seen = place <= self.columns[:, None]
-        if self.segments is not None:
-            seen = seen & (self.segments[self.rows] == self.segments[self.rows, self.columns][:, None])
-        return seen
+        """(N, S): places that a position may look at: itself and what is before it."""
+        return torch.arange(length, device=self.columns.device) <= self.columns[:, None]
 
 
 def spread(student: int, teacher: int) -> tuple[tuple[int, int], ...]:

@@ -29,11 +29,11 @@ def distances(states: Tensor, positions: Positions) -> Tensor:
     full = torch.cdist(states.float(), states.float(), compute_mode="donot_use_mm_for_euclid_dist")
     pairs = _pairs(states.shape[1], positions)
     mine = full[positions.rows, positions.columns] * pairs
-    samples = int(positions.samples.max()) + 1
-    total = mine.new_zeros(samples).index_add(0, positions.samples, mine.sum(-1))
-    count = mine.new_zeros(samples).index_add(0, positions.samples, pairs.sum(-1).to(mine.dtype))
+    rows = len(states)
+    total = mine.new_zeros(rows).index_add(0, positions.rows, mine.sum(-1))
+    count = mine.new_zeros(rows).index_add(0, positions.rows, pairs.sum(-1).to(mine.dtype))
     mean = total / count.clamp_min(1)
-    return mine / mean.clamp_min(1e-8)[positions.samples, None]
+    return mine / mean.clamp_min(1e-8)[positions.rows, None]
 
 
 def _pairs(length: int, positions: Positions) -> Tensor:
