@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_jobs.training.config import LossConfig
 from distill_jobs.training.data import MicroBatch
-from distill_jobs.training.losses import LossWeights, SparseTeacher, linear_divergence
+from distill_jobs.training.divergence import LossWeights, SparseTeacher, linear_divergence, loss_weights
 
 
 def batch_loss(
@@ -26,10 +26,9 @@ def batch_loss(
     teacher = None
     if batch.topk_ids is not None and batch.topk_logprobs is not None and loss.kd_weight:
         teacher = SparseTeacher(batch.topk_ids[counted], batch.topk_logprobs[counted])
-    weights = LossWeights(kd=loss.kd_weight, hard=loss.hard_weight, temperature=loss.temperature)
     scale = torch.full((int(counted.sum()),), 1.0 / answers, device=hidden.device)
     total, parts = linear_divergence(
-        hidden[counted], head, batch.labels[counted], teacher, weights, scale, loss.chunk
+        hidden[counted], head, batch.labels[counted], teacher, loss_weights(loss), scale, loss.chunk
     )
     if loss.prompt_weight and bool(batch.in_prompt.any()):
         scale = torch.full((int(batch.in_prompt.sum()),), 1.0 / prompts, device=hidden.device)
