@@ -60,8 +60,8 @@ def check(teacher: object, weights: LossWeights) -> None:
         )
     if one.temperature != 1.0:
         raise TrainingError(
-            f"loss.temperature {one.temperature} with a sampled teacher: its tokens were drawn at temperature 1; use 1, "
-            " or collect top-k logits or hidden states."
+            f"loss.temperature {one.temperature} with a sampled teacher: its tokens were drawn at temperature "
+            "1; use 1, or collect top-k logits or hidden states."
         )
 
 
