@@ -49,10 +49,29 @@ class OptimizerConfig(StrictConfig):
 
 
 class LossConfig(StrictConfig):
-    """What is minimised: kd_weight * T^2 * KL(teacher || student) + hard_weight * cross entropy, per valid
+    """What is minimised: kd_weight * divergence(teacher, student) + hard_weight * cross entropy, per valid
     token."""
 
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+    ] = Field(default="forward_kl", description="Between teacher p and student q: forward is KL(p || q).")
+    beta: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="jsd: share of p in the mixture; 0 and 1 are the forward and the reverse KL (GKD).",
+    )
+    over_beta: bool = Field(
+        default=False,
+        description="jsd: divide by beta (1 - beta), so that its size hardly depends on beta.",
+    )
+    alpha: float = Field(
+        default=0.1, ge=0, lt=1, description="skew_*: share of the first argument in the second (DistiLLM)."
+    )
     temperature: float = Field(default=1.0, gt=0, description="T, on both sides of the divergence.")
+    t_squared: bool = Field(
+        default=True, description="Multiply the divergence by T^2 (Hinton, ModelOpt); TRL does not."
+    )
     kd_weight: float = Field(
         default=1.0, ge=0, description="Weight of the divergence; 0 needs no teacher logits."
     )
@@ -62,7 +81,11 @@ class LossConfig(StrictConfig):
     prompt_weight: float = Field(
         default=0.0, ge=0, description="Weight of the cross entropy of the prompt's tokens."
     )
-    chunk: int = Field(default=1024, ge=1, description="Token rows whose logits exist at a time.")
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="Token rows whose logits exist at a time; by default, by bytes.",
+    )
 
 
 class TrainConfig(StrictConfig):

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from contracts.errors import ConfigError
+from distill_jobs.training.columns import tag_code
 from distill_jobs.training.data import MicroBatch
 from distill_jobs.training.divergence import HiddenTeacher, MixtureTeacher, Teacher
 from distill_jobs.training.method_config import LiveTeacherConfig, TeacherModel
@@ -68,15 +69,15 @@ class LiveTeacher:
         self.answers = Answers(cache_rows)
         self.recorder: Recorder | None = None
 
-    def last_hidden(self, batch: MicroBatch, uids: list[int]) -> tuple[Tensor, Seen]:
-        """(N, d) of the answers' positions, and the insides when a recorder is set; `uids` name the batch's
-        rows of data, in their order."""
+    def last_hidden(self, batch: MicroBatch, uids: list[int], inside: bool) -> tuple[Tensor, Seen]:
+        """(N, d) of the answers' positions, and the inside if wanted; `uids` name the batch's rows of data,
+        in their order."""
         counted = ~batch.in_prompt
-        known = self.answers.all_of(uids) if self.recorder is None else None
+        known = None if inside else self.answers.all_of(uids)
         if known is not None:
             return torch.cat(known), Seen()
         with torch.no_grad():
-            states, seen = forward(self.model.get_decoder(), batch, self.recorder)
+            states, seen = forward(self.model.get_decoder(), batch, self.recorder if inside else None)
         last = states[batch.rows[counted], batch.columns[counted]]
         sizes = torch.bincount(batch.samples[counted], minlength=len(uids)).tolist()
         self.answers.keep(uids, list(torch.split(last, sizes)))
@@ -113,26 +114,34 @@ class LiveTeachers:
         """
         if self.config.combine == "average":
             return np.zeros(rows, dtype=np.int64)
-        if tags is None:
+        if tags is None or not tags.any():
             raise ConfigError("train.teacher.combine: route needs a `teacher` column in the training rows.")
-        unknown = sorted({str(tag) for tag in np.unique(tags)} - {str(tag) for tag in self.places})
-        if unknown:
-            raise ConfigError(f"rows ask the teachers {unknown}; train.teacher.models has no such tag.")
-        return np.asarray([self.places[tag] for tag in tags], dtype=np.int64)
+        routes = np.full(rows, -1, dtype=np.int64)
+        for tag, place in self.places.items():
+            routes[tags == tag_code(str(tag))] = place
+        if (routes < 0).any():
+            known = ", ".join(str(tag) for tag in self.places)
+            raise ConfigError(
+                f"{int((routes < 0).sum())} rows ask a teacher that train.teacher.models has no tag for; it"
+                f" has {known}."
+            )
+        return routes
 
-    def look(self, batch: MicroBatch, uids: list[int], routes: set[int]) -> tuple[list[Tensor | None], Seen]:
+    def look(
+        self, batch: MicroBatch, uids: list[int], routes: set[int], inside: bool
+    ) -> tuple[list[Tensor | None], Seen]:
         """(N, d) last hidden states at the answers' positions for every teacher that is asked, and the first
         one's inside."""
         wanted = set(range(len(self.models))) if self.config.combine == "average" else routes
         states: list[Tensor | None] = [None] * len(self.models)
-        inside = Seen()
+        first = Seen()
         for place in sorted(wanted):
-            states[place], seen = self.models[place].last_hidden(batch, uids)
-            inside = seen if place == 0 else inside
-        return states, inside
+            states[place], seen = self.models[place].last_hidden(batch, uids, inside and place == 0)
+            first = seen if place == 0 else first
+        return states, first
 
-    def rows(self, states: list[Tensor | None], route: int, chosen: Tensor) -> Teacher:
-        """What is known of the teacher at the chosen (bool) of the answers' positions."""
+    def rows(self, states: list[Tensor | None], route: int, chosen: Any) -> Teacher:
+        """What is known of the teacher at the chosen (mask or slice) of the answers' positions."""
         if self.config.combine == "route" or len(self.models) == 1:
             one = states[route]
             assert one is not None

@@ -111,8 +111,8 @@ class ContrastiveTerm(StrictConfig):
 class RationaleTerm(StrictConfig):
     """Multi-task training on answers and rationales (Distilling step-by-step, arXiv 2305.02301)."""
 
-    answer_weight: float = Field(
-        default=0.5, gt=0, le=1, description="a: answers' mean counts a, rationales' mean 1 - a."
+    rationale_weight: float = Field(
+        default=0.5, ge=0, lt=1, description="a: rationales' mean loss counts a, answers' mean 1 - a."
     )
     prefix: str = Field(
         default="", description="Put before the prompt of rationale rows; answers have none, as when served."

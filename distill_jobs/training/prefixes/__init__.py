@@ -17,7 +17,7 @@ from torch import Tensor
 from distill_jobs.training.data import Rows
 from distill_jobs.training.method_config import PrefixConfig
 from distill_jobs.training.prefixes.generate import Sampling, generate, uniforms
-from distill_jobs.training.prefixes.mixture import Plan, plan
+from distill_jobs.training.prefixes.mixture import plan
 from distill_jobs.training.prefixes.replay import ReplayBuffer, Written
 
 __all__ = ["Group", "Prefixes", "StepAnswers"]
@@ -26,8 +26,13 @@ __all__ = ["Group", "Prefixes", "StepAnswers"]
 class Group(Protocol):
     """This worker among its equals."""
 
-    rank: int
-    world: int
+    @property
+    def rank(self) -> int:
+        """Its number, from 0."""
+
+    @property
+    def world(self) -> int:
+        """How many they are."""
 
     def add(self, tensor: Tensor) -> None:
         """Sum a tensor over the workers, in place."""
