@@ -103,6 +103,7 @@ class TrainConfig(StrictConfig):
             "compile",
             "use_gpu",
             "micro_tokens",
+            "packing",
         }
     )
     """Settings that change how a run is executed, not what comes out: a run may continue under others."""
@@ -115,7 +116,11 @@ class TrainConfig(StrictConfig):
     )
     batch_rows: int = Field(default=64, ge=1, description="Samples per optimizer step, over all workers.")
     micro_tokens: int = Field(
-        default=8192, ge=16, description="Padded tokens in one forward pass of one worker."
+        default=8192, ge=16, description="Tokens in one forward pass of one worker, padding included."
+    )
+    packing: bool = Field(
+        default=True,
+        description="Rows of a forward pass share one sequence without padding; none sees another.",
     )
     bucket_window: int = Field(
         default=1, ge=1, description="Steps whose samples are sorted by length together."

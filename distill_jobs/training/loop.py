@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
-from distill_jobs.training.data import Order, RowSource, split_for_worker
+from distill_jobs.training.data import RowSource
 from distill_jobs.training.optim import MasterOptimizer, schedule
+from distill_jobs.training.order import Order, split_for_worker
 from distill_jobs.training.step import Counts, Step, make_step
 
 STATE = "state.pt"
+TINY = 1e-9  # the tokens of a step whose rows all weigh nothing: its gradient is zero, not 0 / 0
 
 
 def _nothing(_: Tensor) -> None:
@@ -82,10 +83,9 @@ class Trainer:
     def run(self) -> Iterator[dict[str, float]]:
         """Train from the current position to the end; yields the metrics of every step."""
         self.model.train()
-        device = next(self.model.parameters()).device
         for step, indices in self.order.steps(self.position.step, self.steps):
             started = time.monotonic()
-            metrics = self._step(step, indices, device)
+            metrics = self._step(step, indices)
             self.position.step = step + 1
             self.position.tokens += int(self.rows.lengths[indices].sum())
             self.position.seconds += time.monotonic() - started
@@ -98,18 +98,25 @@ class Trainer:
                 **metrics,
             }
 
-    def _step(self, step: int, indices: Any, device: torch.device) -> dict[str, float]:
+    def accumulate(self, step: int, indices: np.ndarray) -> Tensor:
+        """Gradients of this worker's share of a step, added to the model's; its share of the parts."""
         indices, rows = self.step.rows(step, self.steps, indices, self.rows)
+        packed = self.config.packing
         micro = split_for_worker(
-            indices, rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens
+            indices, rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens, packed
         )
         counts = count(rows, indices)
+        device = next(self.model.parameters()).device
         sums = torch.zeros(len(self.step.parts), device=device)
         for one in micro:
-            batch = rows.micro_batch(one, with_prompt=self.config.loss.prompt_weight > 0).to(device)
+            batch = rows.micro_batch(one, self.config.loss.prompt_weight > 0, packed).to(device)
             loss, parts = self.step.loss(batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]
-            sums += parts.float()
+            sums += parts.detach().float()
+        return sums
+
+    def _step(self, step: int, indices: np.ndarray) -> dict[str, float]:
+        sums = self.accumulate(step, indices)
         self._sum_gradients()
         self.workers.add(sums)
         if not torch.isfinite(sums).all():
@@ -164,8 +171,8 @@ def count(rows: RowSource, indices: np.ndarray) -> Counts:
     prompts = rows.prompt_len[indices]
     answers = weights * (rows.lengths[indices] - prompts)
     return Counts(
-        answers=float(answers.sum()),
-        prompts=float((weights * (prompts - 1)).sum()),
+        answers=max(float(answers.sum()), TINY),
+        prompts=max(float((weights * (prompts - 1)).sum()), TINY),
         rationales=float(answers[rows.rationale[indices]].sum()),
     )
 

@@ -29,8 +29,9 @@ from torch import distributed
 from contracts.config import canonical_json
 from contracts.errors import TrainingError
 from distill_jobs.training.attention import register
+from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.config import TrainConfig
-from distill_jobs.training.data import Rows, read_manifest
+from distill_jobs.training.data import Rows
 from distill_jobs.training.loop import Trainer, Workers, writing
 from distill_jobs.training.models import load_model, save_model
 
