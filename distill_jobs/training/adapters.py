@@ -1,4 +1,4 @@
-"""LoRA students through peft: wrapping before training, and what leaves the run: merged weights or an adapter.
+"""LoRA students through peft: wrapping before training, merged weights or an adapter after it.
 
 Only the adapters' parameters require gradients, so the optimizer's masters are theirs alone. The chunked op
 calls the decoder directly, which is right for LoRA (its layers sit inside) and would bypass prompt learning;
@@ -26,7 +26,7 @@ def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
     import peft
 
     modules = config.target_modules
-    wrapped = peft.get_peft_model(
+    return peft.get_peft_model(
         model,
         peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
@@ -37,7 +37,6 @@ def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
             base_model_name_or_path=base_model,
         ),
     )
-    return wrapped
 
 
 def is_adapted(model: Any) -> bool:
@@ -64,7 +63,8 @@ def save_adapter(model: Any, tokenizer: str, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, in bf16, whole or not at all."""
     from peft import get_peft_model_state_dict
 
-    state = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    trained = get_peft_model_state_dict(model)
+    state = {name: one.detach().to(torch.bfloat16).contiguous() for name, one in trained.items()}
     with writing(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)

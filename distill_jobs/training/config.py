@@ -5,9 +5,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from distill_jobs.training.method_config import (
+    CurriculumConfig,
+    LiveTeacherConfig,
+    LoraConfig,
+    PrefixConfig,
+    TermsConfig,
+)
 
 
 class ShapeConfig(StrictConfig):
@@ -128,6 +135,17 @@ class TrainConfig(StrictConfig):
     max_length: int = Field(default=1024, ge=8, description="Longer samples are refused.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    terms: TermsConfig = Field(default_factory=TermsConfig)
+    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
+    teacher: LiveTeacherConfig | None = Field(
+        default=None, description="Teachers that run beside the student, instead of what the rows cache."
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="Train low-rank adapters instead of all weights."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Easy rows first, by the rows' `difficulty`; None shuffles them."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Weights in compute; masters are fp32."
     )
@@ -144,3 +162,26 @@ class TrainConfig(StrictConfig):
     checkpoint_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints.")
     log_steps: int = Field(default=10, ge=1, description="Optimizer steps between progress reports.")
     max_failures: int = Field(default=3, ge=0, description="Worker failures that Ray Train may recover from.")
+
+    @property
+    def cached_teacher(self) -> bool:
+        """Whether the rows' own columns say what the teacher thinks."""
+        return self.loss.kd_weight > 0 and self.teacher is None
+
+    @property
+    def with_prompt(self) -> bool:
+        """Whether positions of the prompt count, too."""
+        return self.loss.prompt_weight > 0 or self.terms.positions == "all"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainConfig:
+        if self.terms.intermediate and self.teacher is None:
+            raise ValueError("terms read the inside of a live teacher; set train.teacher")
+        if self.terms.intermediate and self.compile:
+            raise ValueError("terms look inside the blocks, which compile hides; set train.compile: false")
+        asks = self.loss.kd_weight > 0 or self.prefix.teacher
+        if self.prefix.generates and asks and self.teacher is None:
+            raise ValueError("prefixes written during training need a live teacher; set train.teacher")
+        if self.terms.intermediate and self.teacher and self.teacher.cross_tokenizer:
+            raise ValueError("terms compare tokens one by one; they need a teacher of the same tokenizer")
+        return self

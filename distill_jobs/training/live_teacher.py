@@ -1,4 +1,4 @@
-"""Teachers that run beside the student: last hidden states and heads for the chunked op, insides for the terms.
+"""Teachers that run beside the student: hidden states and heads for the chunked op, insides for the terms.
 
 A teacher's logits never exist as a whole; they are rebuilt from its hidden states a chunk at a time. Last
 hidden states of rows seen before come from memory when nothing of the inside is wanted. Knows nothing of the

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
+from distill_jobs.training.curriculum import CurriculumOrder, order_of, planned_steps
 from distill_jobs.training.data import RowSource
 from distill_jobs.training.optim import MasterOptimizer, schedule
 from distill_jobs.training.order import Order, split_for_worker
@@ -63,22 +64,19 @@ class Trainer:
     objective: Step | None = None
     position: Position = field(default_factory=Position)
     optimizer: MasterOptimizer = field(init=False)
-    order: Order = field(init=False)
+    order: Order | CurriculumOrder = field(init=False)
     step: Step = field(init=False)
 
     def __post_init__(self) -> None:
-        self.step = self.objective or make_step(self.model, self.config)
+        self.step = self.objective or make_step(self.model, self.config, self.workers)
         self.optimizer = MasterOptimizer(self.model, self.config.optimizer, self.step.extra_parameters())
         self.model.to(getattr(torch, self.config.dtype))
-        self.order = Order(
-            self.rows.lengths, self.config.seed, self.config.batch_rows, self.config.bucket_window
-        )
+        self.order = order_of(self.rows, self.config)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        planned = max(1, round(self.config.epochs * self.order.steps_per_epoch))
-        return min(planned, self.config.max_steps or planned)
+        return planned_steps(len(self.rows.lengths), self.config)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train from the current position to the end; yields the metrics of every step."""
@@ -87,7 +85,6 @@ class Trainer:
             started = time.monotonic()
             metrics = self._step(step, indices)
             self.position.step = step + 1
-            self.position.tokens += int(self.rows.lengths[indices].sum())
             self.position.seconds += time.monotonic() - started
             yield {
                 "step": step + 1,
@@ -101,6 +98,7 @@ class Trainer:
     def accumulate(self, step: int, indices: np.ndarray) -> Tensor:
         """Gradients of this worker's share of a step, added to the model's; its share of the parts."""
         indices, rows = self.step.rows(step, self.steps, indices, self.rows)
+        self.position.tokens += int(rows.lengths[indices].sum())
         packed = self.config.packing
         micro = split_for_worker(
             indices, rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens, packed
@@ -109,7 +107,7 @@ class Trainer:
         device = next(self.model.parameters()).device
         sums = torch.zeros(len(self.step.parts), device=device)
         for one in micro:
-            batch = rows.micro_batch(one, self.config.loss.prompt_weight > 0, packed).to(device)
+            batch = rows.micro_batch(one, self.config.with_prompt, packed).to(device)
             loss, parts = self.step.loss(batch, counts)
             loss.backward()  # type: ignore[no-untyped-call]
             sums += parts.detach().float()
@@ -127,6 +125,7 @@ class Trainer:
             **dict(zip(self.step.parts, sums.tolist(), strict=True)),
             "grad_norm": norm,
             "lr": self.config.optimizer.lr * factor,
+            **self.step.metrics(),
         }
 
     def _sum_gradients(self) -> None:

@@ -46,7 +46,8 @@ class LiveTeacherConfig(StrictConfig):
         description="average: of probabilities, by weight. route: each row asks the teacher of its tag.",
     )
     cross_tokenizer: CrossTokenizerConfig | None = Field(
-        default=None, description="Set when the teacher's tokenizer differs: ULD takes the divergence's place."
+        default=None,
+        description="For a teacher of another tokenizer: ULD takes the divergence's place.",
     )
     cache_rows: int = Field(
         default=4096, ge=0, description="Rows whose teacher states are kept in memory for the next visit."
@@ -223,8 +224,8 @@ class LoraConfig(StrictConfig):
     )
     export: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="merged: a plain checkpoint, which quantize needs. adapter: a peft folder that vLLM serves"
-        " beside the base.",
+        description="merged: a plain checkpoint, which quantize needs. adapter: a peft folder, which vLLM"
+        " serves beside the base.",
     )
 
 

@@ -110,7 +110,7 @@ class DistillStep:
         self.recorder: Recorder | None = None
         self.about: About | None = None
         self.source: RowSource | None = None
-        self.predicts = self.compares = True
+        self.predicts, self.compares = True, config.terms.intermediate and not config.terms.two_stage
         device = next(model.parameters()).device
         if config.teacher is not None:
             attention = model.config._attn_implementation
@@ -169,9 +169,7 @@ class DistillStep:
         return np.arange(len(sources)), made
 
     def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
-        states, inside = forward(
-            self.model.get_decoder(), batch, self.recorder if self.compares else None
-        )
+        states, inside = forward(self.model.get_decoder(), batch, self.recorder if self.compares else None)
         hidden = states[batch.rows, batch.columns]
         its_states, its_inside = self._look(batch)
         total, parts = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(2, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Who writes the answers that a step trains on: logs, teacher, student now, or student before (replay).
 
 `Prefixes` turns a step's rows into those rows with their answers. Generated answers are shared among the
-workers by one sum, so that every worker holds the same rows and the same replay buffer. Knows nothing of losses.
+workers by one sum, so that every worker holds the same rows and the same replay buffer. Knows nothing of
+losses.
 """
 
 from __future__ import annotations

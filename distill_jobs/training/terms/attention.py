@@ -1,4 +1,4 @@
-"""Attention maps: MSE of scores (TinyBERT, arXiv 1909.10351 eq. 7) or KL of probabilities (MiniLM, 2002.10957).
+"""Attention maps: MSE of scores (TinyBERT, arXiv 1909.10351 eq. 7) or KL of probabilities (MiniLM).
 
 Maps are computed again from recorded queries and keys, so any attention implementation will do. With unequal
 numbers of heads the maps are averaged over heads first.
@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_jobs.training.terms.positions import Positions
 from distill_jobs.training.recorder import Heads, Seen
+from distill_jobs.training.terms.positions import Positions
 
 
 def scores(query: Tensor, key: Tensor, scaling: float, positions: Positions) -> Tensor:

@@ -1,4 +1,7 @@
-"""InfoNCE (arXiv 1807.03748) of the student's states against the teacher's; other tokens are the negatives."""
+"""InfoNCE (arXiv 1807.03748) of the student's states against the teacher's.
+
+Other tokens are the negatives. Knows nothing of how states were recorded.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distill_jobs.training.recorder import Seen
 from distill_jobs.training.terms.hidden import Projection
 from distill_jobs.training.terms.positions import Positions
-from distill_jobs.training.recorder import Seen
 
 
 def info_nce(student: Tensor, teacher: Tensor, groups: Tensor | None, temperature: float) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from distill_jobs.training.terms.positions import Positions
 from distill_jobs.training.recorder import Seen
+from distill_jobs.training.terms.positions import Positions
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, distance: Literal["mse", "cosine"]) -> Tensor:

@@ -48,9 +48,9 @@ class Prefixed:
         if config.terms.rationale is None or not config.terms.rationale.prefix:
             return None
         name = config.shape.tokenizer if config.shape else model.config._name_or_path
-        ids = AutoTokenizer.from_pretrained(name)(
-            config.terms.rationale.prefix, add_special_tokens=False
-        )["input_ids"]
+        ids = AutoTokenizer.from_pretrained(name)(config.terms.rationale.prefix, add_special_tokens=False)[
+            "input_ids"
+        ]
         return cls(np.asarray(ids))
 
     def of_rows(self, rows: RowSource) -> RowSource:

@@ -1,6 +1,6 @@
 """Relations between the tokens of a row, which models of any width share.
 
-value, query: KL of softmax(XX^T / sqrt(d)) over what a token may see (MiniLM, arXiv 2002.10957 eq. 6; MiniLMv2).
+value, query: KL of softmax(XX^T / sqrt(d)) over what a token sees (MiniLM, arXiv 2002.10957 eq. 6; MiniLMv2).
 distance: RKD-D (arXiv 1904.05068 eq. 5-6): Huber loss of pairwise distances, each over its own mean.
 """
 
@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from distill_jobs.training.recorder import Seen
 from distill_jobs.training.terms.attention import map_kl, scores
 from distill_jobs.training.terms.positions import Positions
-from distill_jobs.training.recorder import Seen
 
 
 def relation_scores(states: Tensor, positions: Positions) -> Tensor:
