@@ -26,7 +26,7 @@ def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
     import peft
 
     modules = config.target_modules
-    return peft.get_peft_model(
+    wrapped = peft.get_peft_model(
         model,
         peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
@@ -34,9 +34,10 @@ def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
             lora_alpha=config.alpha,  # type: ignore[arg-type]
             lora_dropout=config.dropout,
             target_modules=modules if isinstance(modules, str) else list(modules),
-            base_model_name_or_path=base_model,
         ),
     )
+    wrapped.peft_config["default"].base_model_name_or_path = base_model
+    return wrapped
 
 
 def is_adapted(model: Any) -> bool:

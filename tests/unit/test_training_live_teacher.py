@@ -230,12 +230,10 @@ def test_parts_that_do_not_fit_are_refused(world: dict[str, Path]) -> None:
     ):
         with pytest.raises(ValidationError, match=word):
             TrainConfig.model_validate(wrong)
+    rows = Rows(world["rows"], 64, False)
+    broken = config(world, terms={"hidden": {"layers": [[9, 1]]}})
     with pytest.raises(ConfigError, match="block 9"):
-        broken = config(world, terms={"hidden": {"layers": [[9, 1]]}})
-        Trainer(model(0), Rows(world["rows"], 64, False), broken)
+        Trainer(model(0), rows, broken)
+    absent = TrainConfig.model_validate({"teacher": {"models": [{"model": "./nowhere"}]}})
     with pytest.raises(ConfigError, match="nowhere"):
-        Trainer(
-            model(0),
-            Rows(world["rows"], 64, False),
-            TrainConfig.model_validate({"teacher": {"models": [{"model": "./nowhere"}]}}),
-        )
+        Trainer(model(0), rows, absent)

@@ -1,4 +1,4 @@
-"""The extra terms against values worked out by hand, and that their gradients reach student and projection."""
+"""The extra terms against values worked out by hand; their gradients reach student and projections."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = Positions(torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
 
 
 def test_the_even_layer_map_ends_at_the_last_block() -> None:
-    """Two of sixteen blocks learn from 8 and 16 (TinyBERT's uniform strategy); no map points before block 1."""
+    """Two of sixteen blocks learn from 8 and 16 (TinyBERT's uniform strategy); none from before block 1."""
     assert spread(2, 16) == ((1, 8), (2, 16))
     assert spread(3, 2) == ((1, 1), (2, 1), (3, 2))
 
