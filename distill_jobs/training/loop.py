@@ -129,18 +129,20 @@ class Trainer:
         }
 
     def _sum_gradients(self) -> None:
-        """One flat fp32 sum over the workers; a worker without rows takes part with zeros."""
+        """One flat fp32 sum over the workers; a worker without rows takes part with zeros. What no worker's
+        loss reached stays without a gradient, so that not even weight decay moves it."""
         if self.workers.world == 1:
             return
         parameters = [p for _, p in self.optimizer.named]
+        reached = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters]
+            + [reached.float()]
         )
         self.workers.add(flat)
-        for parameter, part in zip(
-            parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        parts = torch.split(flat, [*(p.numel() for p in parameters), len(parameters)])
+        for parameter, part, workers in zip(parameters, parts, parts[-1].tolist(), strict=False):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype) if workers else None
 
     def save(self, folder: Path) -> None:
         """Write the run's state: a temporary folder first, then one rename."""

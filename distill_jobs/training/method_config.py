@@ -5,7 +5,7 @@ Importable without torch. Knows nothing of how any of it is computed; `config.Tr
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -37,8 +37,6 @@ class CrossTokenizerConfig(StrictConfig):
 
 class LiveTeacherConfig(StrictConfig):
     """Teachers run in the step, without gradient; the cached log-probabilities are then not read."""
-
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "cache_rows"})
 
     models: tuple[TeacherModel, ...] = Field(min_length=1, description="One teacher, or several.")
     combine: Literal["average", "route"] = Field(
@@ -156,8 +154,6 @@ Shares = tuple[tuple[float, float], ...]
 
 class PrefixConfig(StrictConfig):
     """Who wrote the answers that a step trains on. Shares run linearly between (progress, share) points."""
-
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"batch_rows"})
 
     teacher: Shares = Field(default=(), description="Share of rows that the live teacher answers anew.")
     student: Shares = Field(default=(), description="Share of rows that the student answers (on-policy).")

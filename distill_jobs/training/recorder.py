@@ -126,4 +126,4 @@ def _eager(decoder: Any) -> Any:
     """The eager attention of the model's own file, which transformers registers nowhere."""
     import sys
 
-    return sys.modules[type(decoder).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return sys.modules[type(decoder).__module__].eager_attention_forward

@@ -121,7 +121,7 @@ class DistillStep:
         if config.prefix.generates:
             self.prefixes = Prefixes(config.prefix, config.seed, _stop_ids(model), group or Alone())
         self.prefixed = Prefixed.of(model, config)
-        self.parts: list[str] = ["kd", "ce", *(self.terms.names if self.terms else ())]
+        self.parts: Sequence[str] = ["kd", "ce", *(self.terms.names if self.terms else ())]
 
     def _add_terms(self, teacher: Any, device: torch.device) -> None:
         self.terms = Terms(self.config.terms, self.model.config, teacher.model.config).to(device)
