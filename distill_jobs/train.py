@@ -73,12 +73,8 @@ def run(
         shape = config.shape.model_copy(update={"tokenizer": _absolute(config.shape.tokenizer)})
         config = config.model_copy(update={"shape": shape})
     if config.teacher is not None:
-        models = tuple(
-            m.model_copy(update={"model": _absolute(m.model)}) for m in config.teacher.models
-        )
-        config = config.model_copy(
-            update={"teacher": config.teacher.model_copy(update={"models": models})}
-        )
+        models = tuple(m.model_copy(update={"model": _absolute(m.model)}) for m in config.teacher.models)
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"models": models})})
 
     def on_progress(metrics: dict[str, float]) -> None:
         progress.update(int(metrics["step"]), int(metrics["steps"]), "steps")

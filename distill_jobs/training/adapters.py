@@ -45,10 +45,17 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def save_student(model: Any, tokenizer: str, folder: Path, lora: LoraConfig | None) -> None:
-    """The checkpoint that leaves the run: a plain model, or with `export: adapter` the adapter's folder."""
+def save_student(
+    model: Any,
+    tokenizer: str,
+    folder: Path,
+    lora: LoraConfig | None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """The checkpoint that leaves the run: a plain model, or with `export: adapter` the adapter's folder.
+    `weights` is the state dict of a model that holds only shards; adapters are never sharded."""
     if lora is None:
-        save_model(model, tokenizer, folder)
+        save_model(model, tokenizer, folder, weights)
     elif lora.export == "merged":
         save_model(merged(model), tokenizer, folder)
     else:

@@ -1,6 +1,6 @@
 """The plain torch training loop: accumulate, sum over workers, step, report, checkpoint, resume.
 
-It knows nothing of Ray: workers are a rank, a world size and a function that sums tensors over workers.
+It knows nothing of Ray: workers are a rank, a world size and a function that sums tensors (`parallel`).
 Everything is divided by the number of valid tokens of the whole step, so neither accumulation nor the number
 of workers changes it.
 """
@@ -21,26 +21,14 @@ from torch import Tensor, nn
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.curriculum import CurriculumOrder, order_of, planned_steps
-from distill_jobs.training.data import RowSource
-from distill_jobs.training.optim import MasterOptimizer, schedule
+from distill_jobs.training.data import MicroBatch, RowSource
+from distill_jobs.training.optim import MasterOptimizer, schedule, whole
 from distill_jobs.training.order import Order, split_for_worker
+from distill_jobs.training.parallel import Workers, shard, sum_over
 from distill_jobs.training.step import Counts, Step, make_step
 
 STATE = "state.pt"
 TINY = 1e-9  # the tokens of a step whose rows all weigh nothing: its gradient is zero, not 0 / 0
-
-
-def _nothing(_: Tensor) -> None:
-    """Summing over a single worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """This worker among its equals; `add` sums a tensor over all of them in place."""
-
-    rank: int = 0
-    world: int = 1
-    add: Callable[[Tensor], None] = _nothing
 
 
 @dataclass(slots=True)
@@ -66,12 +54,25 @@ class Trainer:
     optimizer: MasterOptimizer = field(init=False)
     order: Order | CurriculumOrder = field(init=False)
     step: Step = field(init=False)
+    _loss: Callable[[MicroBatch, Counts], tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.step = self.objective or make_step(self.model, self.config, self.workers)
-        self.optimizer = MasterOptimizer(self.model, self.config.optimizer, self.step.extra_parameters())
-        self.model.to(getattr(torch, self.config.dtype))
-        self.order = order_of(self.rows, self.config)
+        config, dtype = self.config, getattr(torch, self.config.dtype)
+        self.step = self.objective or make_step(self.model, config, self.workers)
+        self._loss = self.step.loss
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        sharded = config.parallel == "fsdp2" and self.workers.world > 1
+        if sharded:
+            self._loss = shard(self.model, dtype, self.step.loss)
+        self.optimizer = MasterOptimizer(
+            self.model,
+            config.optimizer,
+            torch.float32 if sharded else dtype,
+            self.step.extra_parameters(),
+            self.workers.add,
+        )
+        self.order = order_of(self.rows, config)
 
     @property
     def steps(self) -> int:
@@ -96,26 +97,38 @@ class Trainer:
             }
 
     def accumulate(self, step: int, indices: np.ndarray) -> Tensor:
-        """Gradients of this worker's share of a step, added to the model's; its share of the parts."""
+        """Gradients of this worker's share of a step, added to the masters'; its share of the parts."""
         indices, rows = self.step.rows(step, self.steps, indices, self.rows)
         self.position.tokens += int(rows.lengths[indices].sum())
-        packed = self.config.packing
-        micro = split_for_worker(
-            indices, rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens, packed
-        )
         counts = count(rows, indices)
         device = next(self.model.parameters()).device
         sums = torch.zeros(len(self.step.parts), device=device)
-        for one in micro:
-            batch = rows.micro_batch(one, self.config.with_prompt, packed).to(device)
-            loss, parts = self.step.loss(batch, counts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            sums += parts.detach().float()
+        for one, share in self._micro_batches(rows, indices):
+            batch = rows.micro_batch(one, self.config.with_prompt, self.config.packing).to(device)
+            loss, parts = self._loss(batch, counts)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.accumulate()
+            sums += share * parts.detach().float()
         return sums
+
+    def _micro_batches(self, rows: RowSource, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """This worker's micro-batches, each counting once. Workers whose parameters are shards go forward
+        equally often: who has fewer repeats a row that counts nothing."""
+        world, config = self.workers.world, self.config
+        shares = [
+            split_for_worker(indices, rows.lengths, rank, world, config.micro_tokens, config.packing)
+            for rank in (range(world) if config.parallel == "fsdp2" else [self.workers.rank])
+        ]
+        mine = shares[self.workers.rank] if len(shares) > 1 else shares[0]
+        missing = max(len(one) for one in shares) - len(mine)
+        return [*((one, 1.0) for one in mine), *((indices[:1], 0.0) for _ in range(missing))]
 
     def _step(self, step: int, indices: np.ndarray) -> dict[str, float]:
         sums = self.accumulate(step, indices)
-        self._sum_gradients()
+        if self.workers.world > 1:
+            reached = self.optimizer.reached()
+            sum_over(self.workers, [*self.optimizer.unsummed(), reached])
+            self.optimizer.drop_unreached(reached)
         self.workers.add(sums)
         if not torch.isfinite(sums).all():
             raise TrainingError(f"the loss is not finite at step {step}; lower optimizer.lr.")
@@ -128,38 +141,26 @@ class Trainer:
             **self.step.metrics(),
         }
 
-    def _sum_gradients(self) -> None:
-        """One flat fp32 sum over the workers; a worker without rows takes part with zeros. What no worker's
-        loss reached stays without a gradient, so that not even weight decay moves it."""
-        if self.workers.world == 1:
-            return
-        parameters = [p for _, p in self.optimizer.named]
-        reached = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters]
-            + [reached.float()]
-        )
-        self.workers.add(flat)
-        parts = torch.split(flat, [*(p.numel() for p in parameters), len(parameters)])
-        for parameter, part, workers in zip(parameters, parts, parts[-1].tolist(), strict=False):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype) if workers else None
-
     def save(self, folder: Path) -> None:
-        """Write the run's state: a temporary folder first, then one rename."""
-        with writing(folder) as temporary:
-            torch.save(
-                {
-                    "position": [self.position.step, self.position.tokens, self.position.seconds],
-                    "optimizer": self.optimizer.state_dict(),
-                    "objective": self.step.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-                temporary / STATE,
-            )
+        """Write the run's state: a temporary folder first, then one rename. Every worker must call it; the
+        first one writes."""
+        state = {
+            "position": [self.position.step, self.position.tokens, self.position.seconds],
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.step.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.workers.rank == 0:
+            with writing(folder) as temporary:
+                torch.save(state, temporary / STATE)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole state dict. Every worker must call it."""
+        return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
 
     def load(self, folder: Path) -> None:
         """Continue from a state that `save` wrote."""
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
         self.position = Position(*state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.load_state_dict(state["objective"])

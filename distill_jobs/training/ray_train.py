@@ -24,7 +24,6 @@ import ray.train
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch import distributed
 
 from contracts.config import canonical_json
 from contracts.errors import TrainingError
@@ -33,8 +32,9 @@ from distill_jobs.training.attention import register
 from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.data import Rows
-from distill_jobs.training.loop import Trainer, Workers, writing
+from distill_jobs.training.loop import Trainer, writing
 from distill_jobs.training.models import load_model
+from distill_jobs.training.parallel import joined
 
 PROGRESS = "progress.jsonl"
 MODEL = "model"
@@ -59,14 +59,8 @@ def fingerprint(config: TrainConfig, data_dir: Path, base_model: str) -> str:
     return hashlib.sha256(canonical_json([shaping, data, base_model]).encode()).hexdigest()[:12]
 
 
-def _add(tensor: torch.Tensor) -> None:
-    distributed.all_reduce(tensor)
-
-
 def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
     """This worker's trainer, continued from the run's last checkpoint when there is one."""
-    context = ray.train.get_context()
-    world = context.get_world_size()
     torch.set_num_threads(config.threads)
     model = load_model(base_model, config.shape, config.seed)
     if config.lora is not None:
@@ -79,8 +73,7 @@ def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
         for block in model.get_decoder().layers:
             block.compile(dynamic=True)
     rows = Rows(Path(data_dir), config.max_length, with_teacher=config.cached_teacher)
-    workers = Workers(context.get_world_rank(), world, _add) if world > 1 else Workers()
-    trainer = Trainer(model, rows, config, workers)
+    trainer = Trainer(model, rows, config, joined())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:

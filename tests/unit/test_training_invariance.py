@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.data import Rows
-from distill_jobs.training.loop import Trainer, Workers
+from distill_jobs.training.loop import Trainer
+from distill_jobs.training.parallel import Workers
 from tests.unit.test_training_loop import config, tiny_model, write_rows
 
 BATCH = 24

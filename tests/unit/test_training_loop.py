@@ -17,9 +17,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from distill_jobs.training.attention import register
 from distill_jobs.training.config import LossConfig, OptimizerConfig, TrainConfig
 from distill_jobs.training.data import Rows
-from distill_jobs.training.loop import Trainer, Workers, writing
+from distill_jobs.training.loop import Trainer, writing
 from distill_jobs.training.optim import schedule
 from distill_jobs.training.order import Order, split_for_worker
+from distill_jobs.training.parallel import Workers
 
 K, VOCAB = 4, 40
 
