@@ -45,13 +45,13 @@ def causal_attention(
         raise TrainingError("Attention with soft caps, sinks or dropout is not supported.")
     if packing is None:
         return _attend(query, key, value, scaling, sliding_window).transpose(1, 2).contiguous(), None
-    query, key, value = (_unpack(one, packing) for one in (query, key, value))
+    query, key, value = (unpack(one, packing) for one in (query, key, value))
     mixed = _attend(query, key, value, scaling, sliding_window).transpose(1, 2)  # (rows, longest, heads, D)
     flat = mixed.reshape(packing.rows * packing.longest, *mixed.shape[2:])
     return flat.index_select(0, packing.places)[None], None
 
 
-def _unpack(packed: Tensor, packing: Packing) -> Tensor:
+def unpack(packed: Tensor, packing: Packing) -> Tensor:
     """(1, heads, S, D) -> (rows, heads, longest, D), zeros after a row's end."""
     _, heads, _, width = packed.shape
     padded = packed.new_zeros(packing.rows * packing.longest, heads, width)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from contracts.errors import DataError
 
 BATCH_ROWS = 4096
-LAYOUT = 1
+LAYOUT = 2
 """Version of the flat files; another one reads the parts again."""
 SCHEMES = {
     "topk": ("topk_ids", "topk_logprobs"),
@@ -42,6 +43,7 @@ DTYPES = {
     "weight": np.float32,
     "difficulty": np.float32,
     "rationale": np.bool_,
+    "teacher": np.uint32,
 }
 ANSWER_COLUMNS = ("topk_ids", "topk_logprobs", "hidden")
 
@@ -56,6 +58,11 @@ class Columns:
     )
     scheme: str
     largest_id: int
+
+
+def tag_code(tag: str) -> int:
+    """The number that stands for a teacher's tag in the flat files."""
+    return zlib.crc32(tag.encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _batches(file: Path, checks: _Checks) -> Iterator[dict[str, np.ndarray]]:
         needed = ["input_ids", "prompt_len", *SCHEMES.get(checks.scheme, ())]
         if missing := [name for name in needed if name not in present]:
             raise DataError(f"{file} has no column {missing[0]}; run the teach stage again.")
-        optional = [name for name in ("weight", "task", "difficulty") if name in present]
+        optional = [name for name in ("weight", "task", "difficulty", "teacher") if name in present]
         for batch in source.iter_batches(BATCH_ROWS, columns=[*needed, *optional]):
             if batch.num_rows:
                 yield checks.batch(file, batch)
@@ -221,6 +228,10 @@ class _Checks:
             if unknown := set(tasks) - {"answer", "rationale"}:
                 raise self._error(f'task must be "answer" or "rationale", not {sorted(unknown)[0]!r}.')
             arrays["rationale"] = tasks == "rationale"
+        arrays["teacher"] = np.zeros(count, np.uint32)
+        if "teacher" in present:
+            tags = self._column(batch, "teacher").to_pylist()
+            arrays["teacher"] = np.array([tag_code(str(tag)) for tag in tags], np.uint32)
         return arrays
 
 

@@ -8,6 +8,13 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from distill_jobs.training.method_config import (
+    CurriculumConfig,
+    LiveTeacherConfig,
+    LoraConfig,
+    PrefixConfig,
+    TermsConfig,
+)
 
 
 class ShapeConfig(StrictConfig):
@@ -53,10 +60,29 @@ class OptimizerConfig(StrictConfig):
 
 
 class LossConfig(StrictConfig):
-    """What is minimised: kd_weight * T^2 * KL(teacher || student) + hard_weight * cross entropy, per valid
+    """What is minimised: kd_weight * divergence(teacher, student) + hard_weight * cross entropy, per valid
     token."""
 
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+    ] = Field(default="forward_kl", description="Between teacher p and student q: forward is KL(p || q).")
+    beta: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="jsd: share of p in the mixture; 0 and 1 are the forward and the reverse KL (GKD).",
+    )
+    over_beta: bool = Field(
+        default=False,
+        description="jsd: divide by beta (1 - beta), so that its size hardly depends on beta.",
+    )
+    alpha: float = Field(
+        default=0.1, ge=0, lt=1, description="skew_*: share of the first argument in the second (DistiLLM)."
+    )
     temperature: float = Field(default=1.0, gt=0, description="T, on both sides of the divergence.")
+    t_squared: bool = Field(
+        default=True, description="Multiply the divergence by T^2 (Hinton, ModelOpt); TRL does not."
+    )
     kd_weight: float = Field(
         default=1.0, ge=0, description="Weight of the divergence; 0 needs no teacher logits."
     )
@@ -66,7 +92,11 @@ class LossConfig(StrictConfig):
     prompt_weight: float = Field(
         default=0.0, ge=0, description="Weight of the cross entropy of the prompt's tokens."
     )
-    chunk: int = Field(default=1024, ge=1, description="Token rows whose logits exist at a time.")
+    chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="Token rows whose logits exist at a time; by default, by bytes.",
+    )
 
 
 class EarlyStopConfig(StrictConfig):
@@ -123,11 +153,19 @@ class TrainConfig(StrictConfig):
         default=1, ge=1, description="Steps whose samples are sorted by length together."
     )
     max_length: int = Field(default=1024, ge=8, description="Longer samples are refused.")
-    curriculum: bool = Field(
-        default=False, description="The first epoch goes from easy to difficult (column difficulty)."
-    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    terms: TermsConfig = Field(default_factory=TermsConfig)
+    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
+    teacher: LiveTeacherConfig | None = Field(
+        default=None, description="Teachers that run beside the student, instead of what the rows cache."
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="Train low-rank adapters instead of all weights."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Easy rows first, by the rows' `difficulty`; None shuffles them."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Weights in compute; masters are fp32."
     )
@@ -169,6 +207,31 @@ class TrainConfig(StrictConfig):
     )
     log_steps: int = Field(default=10, ge=1, description="Optimizer steps between progress reports.")
     max_failures: int = Field(default=3, ge=0, description="Worker failures that Ray Train may recover from.")
+
+    @property
+    def cached_teacher(self) -> bool:
+        """Whether the rows' own columns say what the teacher thinks."""
+        return self.loss.kd_weight > 0 and self.teacher is None
+
+    @property
+    def with_prompt(self) -> bool:
+        """Whether positions of the prompt count, too."""
+        return self.loss.prompt_weight > 0 or self.terms.positions == "all"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainConfig:
+        if self.terms.intermediate and self.teacher is None:
+            raise ValueError("terms read the inside of a live teacher; set train.teacher")
+        if self.terms.intermediate and self.compile:
+            raise ValueError("terms look inside the blocks, which compile hides; set train.compile: false")
+        asks = self.loss.kd_weight > 0 or self.prefix.teacher
+        if self.prefix.generates and asks and self.teacher is None:
+            raise ValueError("prefixes written during training need a live teacher; set train.teacher")
+        if self.terms.intermediate and self.teacher and self.teacher.cross_tokenizer:
+            raise ValueError("terms compare tokens one by one; they need a teacher of the same tokenizer")
+        if self.parallel == "fsdp2" and (self.prefix.student or self.lora):
+            raise ValueError("prefix.student and lora need whole parameters; set train.parallel: ddp")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -7,6 +7,8 @@ attention keeps them apart (`attention`). It knows nothing of losses, of the ord
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +44,7 @@ class MicroBatch:
     samples: Tensor  # (N,): which of the micro-batch's rows of data; equal to `rows` unless packed
     weights: Tensor  # (N,) float32: the weight of the position's row
     rationale: Tensor  # (N,) bool: the position's row has the task "rationale"
+    indices: Tensor  # (rows of data,): their indices in the source that made the batch
     topk_ids: Tensor | None = None  # (N, k); rows of prompt positions are zeros
     topk_logprobs: Tensor | None = None  # (N, k); log importance weights under the scheme "sampled"
     teacher_hidden: Tensor | None = None  # (N, d): the teacher's last hidden states, scheme "hidden"
@@ -92,10 +95,11 @@ class Rows:
     """All rows of a folder of `part-*.parquet`, memory-mapped.
 
     Columns: `input_ids` list<int32> (prompt + completion with its end token), `prompt_len` int32; optional
-    `weight` float32, `task` string ("answer" or "rationale") and `difficulty` float32. For distillation, by
-    `scheme` in manifest.json: "topk" and "sampled" read `topk_ids` list<int32> and `topk_logprobs`
-    list<float16>, k a completion position, row-major; "hidden" reads `hidden` list<float16>, d a completion
-    position, and the teacher's head from `head.safetensors`.
+    `weight` float32, `task` string ("answer" or "rationale"), `difficulty` float32 and `teacher` string (the
+    tag of the live teacher that answers for the row). For distillation, by `scheme` in manifest.json: "topk"
+    and "sampled" read `topk_ids` list<int32> and `topk_logprobs` list<float16>, k a completion position,
+    row-major; "hidden" reads `hidden` list<float16>, d a completion position, and the teacher's head from
+    `head.safetensors`.
 
     Raises: DataError when the folder holds no rows or malformed ones.
     """
@@ -109,16 +113,47 @@ class Rows:
         self.weights = np.array(arrays["weight"])
         self.rationale = np.array(arrays["rationale"])
         self.difficulty = np.array(arrays["difficulty"])
+        self.teacher_tags = np.array(arrays["teacher"])
         self.flat_ids = arrays["input_ids"]
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        answers = self.lengths - self.prompt_len
-        self.answer_starts = np.cumsum(answers) - answers
+        self._lay_out()
         self.scheme, self.k, self.largest_id = columns.scheme, columns.width, columns.largest_id
         self.teacher = {
             name: arrays[name].reshape(-1, self.k)
             for name in ("topk_ids", "topk_logprobs", "hidden")
             if name in arrays
         }
+
+    def _lay_out(self) -> None:
+        """Where each row begins in the flat columns."""
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        answers = self.lengths - self.prompt_len
+        self.answer_starts = np.cumsum(answers) - answers
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[np.ndarray], prompt_len: np.ndarray, weights: np.ndarray, rationale: np.ndarray
+    ) -> Rows:
+        """Rows from memory, without a cached teacher: answers that were generated just now."""
+        rows = cls.__new__(cls)
+        rows.folder, rows.scheme, rows.k, rows.teacher = Path(), "", 0, {}
+        rows.lengths = np.array([len(one) for one in ids], dtype=np.int64)
+        rows.prompt_len, rows.weights, rows.rationale = prompt_len.astype(np.int64), weights, rationale
+        rows.difficulty = np.zeros(len(ids), dtype=np.float32)
+        rows.teacher_tags = np.zeros(len(ids), dtype=np.uint32)
+        rows.flat_ids = np.concatenate(ids).astype(np.int32)
+        rows.largest_id = int(rows.flat_ids.max())
+        rows._lay_out()
+        return rows
+
+    def with_prefix(self, which: np.ndarray, ids: np.ndarray) -> Rows:
+        """The rows with `ids` before the prompts of those that `which` (rows,) marks."""
+        rows = copy.copy(self)
+        longer = np.where(which, len(ids), 0)
+        rows.lengths, rows.prompt_len = self.lengths + longer, self.prompt_len + longer
+        places = np.repeat(self.starts[which], len(ids))
+        rows.flat_ids = np.insert(self.flat_ids, places, np.tile(ids, int(which.sum())))
+        rows._lay_out()
+        return rows
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -163,6 +198,7 @@ class Rows:
             samples=torch.from_numpy(sample[at]),
             weights=torch.from_numpy(self.weights[indices][sample[at]]),
             rationale=torch.from_numpy(self.rationale[indices][sample[at]]),
+            indices=torch.from_numpy(np.array(indices, dtype=np.int64)),
             scheme=self.scheme,
             position_ids=torch.from_numpy(place[None]) if packed else None,
             packing=_packing(sample, place, lengths) if packed else None,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
+from distill_jobs.training.curriculum import CurriculumOrder, order_of, planned_steps
 from distill_jobs.training.data import MicroBatch, RowSource
 from distill_jobs.training.optim import MasterOptimizer, schedule, whole
 from distill_jobs.training.order import Order, split_for_worker
@@ -51,13 +52,13 @@ class Trainer:
     objective: Step | None = None
     position: Position = field(default_factory=Position)
     optimizer: MasterOptimizer = field(init=False)
-    order: Order = field(init=False)
+    order: Order | CurriculumOrder = field(init=False)
     step: Step = field(init=False)
     _loss: Callable[[MicroBatch, Counts], tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         config, dtype = self.config, getattr(torch, self.config.dtype)
-        self.step = self.objective or make_step(self.model, config)
+        self.step = self.objective or make_step(self.model, config, self.workers)
         self._loss = self.step.loss
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -71,16 +72,12 @@ class Trainer:
             self.step.extra_parameters(),
             self.workers.add,
         )
-        difficulty = getattr(self.rows, "difficulty", None) if config.curriculum else None
-        self.order = Order(
-            self.rows.lengths, config.seed, config.batch_rows, config.bucket_window, difficulty
-        )
+        self.order = order_of(self.rows, config)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        planned = max(1, round(self.config.epochs * self.order.steps_per_epoch))
-        return min(planned, self.config.max_steps or planned)
+        return planned_steps(len(self.rows.lengths), self.config)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train from the current position to the end; yields the metrics of every step."""
@@ -89,7 +86,6 @@ class Trainer:
             started = time.monotonic()
             metrics = self._step(step, indices)
             self.position.step = step + 1
-            self.position.tokens += int(self.rows.lengths[indices].sum())
             self.position.seconds += time.monotonic() - started
             yield {
                 "step": step + 1,
@@ -104,11 +100,12 @@ class Trainer:
     def accumulate(self, step: int, indices: np.ndarray) -> Tensor:
         """Gradients of this worker's share of a step, added to the masters'; its share of the parts."""
         indices, rows = self.step.rows(step, self.steps, indices, self.rows)
+        self.position.tokens += int(rows.lengths[indices].sum())
         counts = count(rows, indices)
         device = next(self.model.parameters()).device
         sums = torch.zeros(len(self.step.parts), device=device)
         for one, share in self._micro_batches(rows, indices):
-            batch = rows.micro_batch(one, self.config.loss.prompt_weight > 0, self.config.packing).to(device)
+            batch = rows.micro_batch(one, self.config.with_prompt, self.config.packing).to(device)
             loss, parts = self._loss(batch, counts)
             (loss * share).backward()  # type: ignore[no-untyped-call]
             self.optimizer.accumulate()
@@ -130,7 +127,9 @@ class Trainer:
     def _step(self, step: int, indices: np.ndarray) -> dict[str, float]:
         sums = self.accumulate(step, indices)
         if self.workers.world > 1:
-            sum_over(self.workers, self.optimizer.unsummed())
+            reached = self.optimizer.reached()
+            sum_over(self.workers, [*self.optimizer.unsummed(), reached])
+            self.optimizer.drop_unreached(reached)
         self.workers.add(sums)
         if not torch.isfinite(sums).all():
             raise TrainingError(f"the loss is not finite at step {step}; lower optimizer.lr.")
@@ -140,6 +139,7 @@ class Trainer:
             **dict(zip(self.step.parts, sums.tolist(), strict=True)),
             "grad_norm": norm,
             "lr": self.config.optimizer.lr * factor,
+            **self.step.metrics(),
         }
 
     def save(self, folder: Path) -> None:

@@ -116,6 +116,18 @@ class MasterOptimizer:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
+    def reached(self) -> Tensor:
+        """(parameters,) fp32: 1 where this worker's loss gave a gradient."""
+        masters = list(self.masters.values())
+        return torch.tensor([m.grad is not None for m in masters], device=masters[0].device).float()
+
+    def drop_unreached(self, workers: Tensor) -> None:
+        """Leave what no worker's loss reached without a gradient, so that not even weight decay moves it, as
+        with one worker; `workers` counts those that reached each parameter."""
+        for master, count in zip(self.masters.values(), workers.tolist(), strict=True):
+            if not count:
+                master.grad = None
+
     def unsummed(self) -> list[Tensor]:
         """This worker's fp32 gradients of all parameters that are not shards, zeros where it has none."""
         found = []

@@ -20,8 +20,6 @@ class Order:
     seed: int
     batch_rows: int
     bucket_window: int
-    difficulty: np.ndarray | None = None
-    """(rows,): the first pass goes from smallest to largest, a curriculum; later ones are shuffled."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -33,10 +31,7 @@ class Order:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.lengths))
         size = min(self.batch_rows, len(order))
-        order = order[: self.steps_per_epoch * size]
-        if epoch == 0 and self.difficulty is not None:
-            order = order[np.argsort(self.difficulty[order], kind="stable")]
-        order = order.reshape(-1, size)
+        order = order[: self.steps_per_epoch * size].reshape(-1, size)
         if self.bucket_window == 1:
             return order
         windows = []

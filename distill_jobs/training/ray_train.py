@@ -35,12 +35,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from contracts.config import canonical_json
 from contracts.errors import DataError, TrainingError
+from distill_jobs.training.adapters import add_lora, save_student
 from distill_jobs.training.attention import register
 from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.data import Rows
 from distill_jobs.training.loop import Trainer, writing
-from distill_jobs.training.models import load_model, save_model
+from distill_jobs.training.models import load_model
 from distill_jobs.training.parallel import joined
 from distill_jobs.training.progress import PROGRESS, append, append_validations, following
 from distill_jobs.training.storage import Storage, open_storage
@@ -70,13 +71,15 @@ def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
     """This worker's trainer, continued from the run's last checkpoint when there is one."""
     torch.set_num_threads(config.threads)
     model = load_model(base_model, config.shape, config.seed)
+    if config.lora is not None:
+        model = add_lora(model, config.lora, base_model)
     if config.use_gpu:
         model.to(ray.train.torch.get_device())
     model.set_attn_implementation(register())
     if config.compile:
         for block in model.get_decoder().layers:
             block.compile(dynamic=True)
-    rows = Rows(Path(data_dir), config.max_length, with_teacher=config.loss.kd_weight > 0)
+    rows = Rows(Path(data_dir), config.max_length, with_teacher=config.cached_teacher)
     entries = model.get_input_embeddings().weight.shape[0]
     if rows.largest_id >= entries:
         raise DataError(f"{data_dir} holds token {rows.largest_id}; the student's vocabulary has {entries}.")
@@ -127,7 +130,7 @@ class _Run:
                 ray.train.report(metrics)
                 return
             if export:
-                save_model(self.trainer.model, self.tokenizer, place / MODEL, weights)
+                save_student(self.trainer.model, self.tokenizer, place / MODEL, self.config.lora, weights)
             task = ValidationTaskConfig({"step": int(metrics["step"]), "steps": int(metrics["steps"])})
             ray.train.report(
                 metrics,
@@ -197,7 +200,7 @@ def _validation(config: TrainConfig, data_dir: Path, storage: Storage) -> Valida
     held_out = data_dir.with_name("validation")
     if not held_out.is_dir():
         raise DataError(f"validate_steps is set, but there is no {held_out}; teach a validation split.")
-    Rows(held_out, config.max_length, with_teacher=config.loss.kd_weight > 0)
+    Rows(held_out, config.max_length, with_teacher=config.cached_teacher)
     arguments = {"config": config.model_dump(), "data_dir": str(held_out), "storage": storage}
     return ValidationConfig(
         validate,
@@ -261,7 +264,7 @@ def run_training(
     name = f"{config.name}-{fingerprint(config, data_dir, base_model)}"
     progress = beside / name / PROGRESS
     storage = open_storage(config.storage or str(beside))
-    Rows(data_dir, config.max_length, with_teacher=config.loss.kd_weight > 0)  # fail here, not in a worker
+    Rows(data_dir, config.max_length, with_teacher=config.cached_teacher)  # fail here, not in a worker
     validation = _validation(config, data_dir, storage.below(name))
     _ensure_ray(config)
     trainer = TorchTrainer(

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from contracts.errors import DataError
 from distill_jobs.training.data import Rows
-from distill_jobs.training.order import Order
 from tests.unit.test_training_loop import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -98,19 +97,6 @@ def test_weights_tasks_and_difficulty_reach_the_micro_batch(tmp_path: Path) -> N
     plain = Rows(write_rows(tmp_path / "plain"), 64, True)
     assert set(plain.weights.tolist()) == {1.0}
     assert not plain.rationale.any()
-
-
-def test_a_curriculum_goes_from_easy_to_difficult_once(tmp_path: Path) -> None:
-    """The first epoch is sorted by difficulty, the second is not; both show every row."""
-    difficulty = np.random.default_rng(0).uniform(size=40)
-    order = Order(np.full(40, 5), seed=1, batch_rows=8, bucket_window=1, difficulty=difficulty)
-    steps = [rows for _, rows in order.steps(0, 10)]
-    seen = difficulty[np.concatenate(steps[:5])]
-    assert seen.tolist() == sorted(seen)
-    assert len(seen) == 40
-    second = np.concatenate(steps[5:])
-    assert difficulty[second].tolist() != sorted(difficulty)
-    assert sorted(second) == list(range(40))
 
 
 def test_the_sampled_scheme_is_named_in_the_batch(tmp_path: Path) -> None:
