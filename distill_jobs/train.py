@@ -77,7 +77,8 @@ def run(
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"models": models})})
 
     def on_progress(metrics: dict[str, float]) -> None:
-        progress.update(int(metrics["step"]), int(metrics["steps"]), "steps")
+        if "validation_loss" not in metrics:  # of an earlier step, validated aside
+            progress.update(int(metrics["step"]), int(metrics["steps"]), "steps")
 
     # One CPU more than the workers take, for Ray Train's own controller.
     with (

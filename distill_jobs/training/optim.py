@@ -206,9 +206,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(value: Any, target: Tensor) -> Any:
-    """This worker's shard of a whole tensor, where the target is a shard; everything else as it is."""
-    if not isinstance(target, DTensor) or not isinstance(value, Tensor) or value.shape != target.shape:
+    """This worker's shard of a whole tensor, where the target is a shard; else a copy, which does not need the
+    mapped file any more."""
+    if not isinstance(value, Tensor):
         return value
+    if not isinstance(target, DTensor) or value.shape != target.shape:
+        return value.clone()
     placed = value.to(target.to_local().device)
     return distribute_tensor(placed, target.device_mesh, target.placements, src_data_rank=None)
 

@@ -281,7 +281,7 @@ def run_training(
         run_config=RunConfig(
             name=name,
             storage_path=storage.path,
-            storage_filesystem=storage.filesystem,
+            storage_filesystem=storage.remote,
             checkpoint_config=_retention(config),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),

@@ -26,11 +26,16 @@ class Storage:
     filesystem: pyarrow.fs.FileSystem
     path: str
 
+    @property
+    def remote(self) -> pyarrow.fs.FileSystem | None:
+        """The file system, unless it is this machine's own."""
+        return None if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else self.filesystem
+
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Put a small file there; it appears whole (objects by themselves, files by a rename)."""
         place = f"{self.path}/{name}"
         self.filesystem.create_dir(place.rpartition("/")[0], recursive=True)
-        local = isinstance(self.filesystem, pyarrow.fs.LocalFileSystem)
+        local = self.remote is None
         with self.filesystem.open_output_stream(f"{place}.part" if local else place) as out:
             out.write(json.dumps(value).encode())
         if local:
