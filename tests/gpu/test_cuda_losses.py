@@ -7,7 +7,13 @@ import os
 import pytest
 import torch
 
-from distill_jobs.training.losses import DenseTeacher, LossWeights, SparseTeacher, linear_divergence
+from distill_jobs.training.divergence import (
+    DenseTeacher,
+    Divergence,
+    LossWeights,
+    SparseTeacher,
+    linear_divergence,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -33,13 +39,12 @@ def test_cuda_loss_and_gradients_equal_the_cpu_ones(sparse: bool) -> None:
     top = torch.log_softmax(logits, -1).topk(k)
     teacher = SparseTeacher(top.indices, top.values) if sparse else DenseTeacher(logits)
     results = []
+    weights = LossWeights(1.0, 0.5, Divergence(temperature=2.0))
     for device in ("cpu", "cuda"):
         h, w = (x.to(device, torch.float32).requires_grad_() for x in (hidden, weight))
         there = type(teacher)(*(getattr(teacher, f).to(device) for f in teacher.__dataclass_fields__))
         uniform = torch.full((rows,), 1 / rows, device=device)
-        loss, _ = linear_divergence(
-            h, w, labels.to(device), there, LossWeights(1.0, 0.5, 2.0), uniform, chunk=128
-        )
+        loss, _ = linear_divergence(h, w, labels.to(device), there, weights, uniform, chunk=128)
         loss.backward()
         results.append([x.detach().cpu() for x in (loss, h.grad, w.grad)])
     for cpu, cuda in zip(*results, strict=True):

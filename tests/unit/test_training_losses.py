@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_jobs.training.losses import DenseTeacher, LossWeights, SparseTeacher, Teacher, linear_divergence
+from distill_jobs.training.divergence import (
+    DenseTeacher,
+    Divergence,
+    LossWeights,
+    SparseTeacher,
+    Teacher,
+    linear_divergence,
+)
 
 N, H, V, K = 37, 16, 50, 6
 
@@ -39,7 +46,7 @@ def _eager(
     """The same loss written the plain way, all logits at once, gradients by autograd."""
     hidden, weight = world["hidden"].clone().requires_grad_(), world["weight"].clone().requires_grad_()
     logits = hidden @ weight.T
-    t = weights.temperature
+    t = weights.divergence.temperature
     kd = logits.new_zeros(())
     if isinstance(teacher, DenseTeacher):
         common = min(V, teacher.logits.shape[1])
@@ -86,7 +93,7 @@ def test_loss_and_gradients_equal_eager_autograd(
         if kind == "dense_padded":  # the teacher's vocabulary is padded further than the student's
             logits = torch.cat([logits, torch.randn(N, 9, dtype=torch.float64)], -1)
         teacher = DenseTeacher(logits[:, : V - 4] if kind == "dense_short" else logits)
-    weights = LossWeights(kd=0.7, hard=0.4, temperature=temperature)
+    weights = LossWeights(kd=0.7, hard=0.4, divergence=Divergence(temperature=temperature))
     for ours, eager in zip(
         _ours(world, teacher, weights, chunk), _eager(world, teacher, weights), strict=True
     ):
@@ -95,7 +102,7 @@ def test_loss_and_gradients_equal_eager_autograd(
 
 def test_all_tokens_kept_equals_the_dense_divergence(world: dict[str, Tensor]) -> None:
     """With k = V there is no tail, and the sparse divergence is the exact one, gradients included."""
-    weights = LossWeights(kd=1.0, hard=0.0, temperature=2.0)
+    weights = LossWeights(kd=1.0, hard=0.0, divergence=Divergence(temperature=2.0))
     sparse = _ours(world, _sparse(world["teacher"], V), weights, 8)
     dense = _ours(world, DenseTeacher(world["teacher"]), weights, 8)
     for left, right in zip(sparse, dense, strict=True):
@@ -105,7 +112,9 @@ def test_all_tokens_kept_equals_the_dense_divergence(world: dict[str, Tensor]) -
 def test_a_student_equal_to_its_teacher_has_no_divergence(world: dict[str, Tensor]) -> None:
     """KL(p || p) is zero and pushes nowhere, tail included."""
     logits = world["hidden"] @ world["weight"].T
-    loss, grad_hidden, _ = _ours(world, _sparse(logits, K), LossWeights(kd=1.0, hard=0.0, temperature=2.0), 8)
+    loss, grad_hidden, _ = _ours(
+        world, _sparse(logits, K), LossWeights(kd=1.0, hard=0.0, divergence=Divergence(temperature=2.0)), 8
+    )
     assert float(loss) == pytest.approx(0, abs=1e-12)
     assert float(grad_hidden.abs().max()) < 1e-9
 
@@ -123,7 +132,10 @@ def test_rounded_teacher_probabilities_stay_finite(world: dict[str, Tensor]) -> 
 def test_the_sum_over_parts_is_the_global_mean(world: dict[str, Tensor]) -> None:
     """Unequal micro-batches, each divided by the global count, add up to the loss and gradient of the
     whole."""
-    weights, teacher = LossWeights(kd=1.0, hard=1.0, temperature=2.0), _sparse(world["teacher"], K)
+    weights, teacher = (
+        LossWeights(kd=1.0, hard=1.0, divergence=Divergence(temperature=2.0)),
+        _sparse(world["teacher"], K),
+    )
     whole, _, whole_grad = _ours(world, teacher, weights, 1000)
     weight, total = world["weight"].clone().requires_grad_(), torch.zeros((), dtype=torch.float64)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
