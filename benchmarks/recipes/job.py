@@ -1,4 +1,4 @@
-"""One line of the table for one seed: a student trained by a recipe, its answers, its distance to the teacher.
+"""One line of the table for one seed: a student trained by a recipe, its answers, its KL to the teacher.
 
 Training is the project's own loop in this process, without Ray; answers are decoded greedily by the training
 model in bf16 (the served engine gives the same task accuracy within a request or two, and costs a start a
