@@ -110,7 +110,7 @@ def _top(
         logprobs = torch.log_softmax(last.float() @ teacher.head.T.float(), -1).topk(TOP_K, -1)
         sizes = (rows.lengths - rows.prompt_len)[part].tolist()
         for index, top_ids, top in zip(
-            part, logprobs.indices.split(sizes), logprobs.values.split(sizes), strict=True
+            part, torch.split(logprobs.indices, sizes), torch.split(logprobs.values, sizes), strict=True
         ):
             found_ids[index], found[index] = top_ids.numpy(), top.numpy()
     return found_ids, found

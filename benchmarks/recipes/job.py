@@ -39,6 +39,7 @@ from distill_jobs.training.live_teacher import LiveTeacher
 from distill_jobs.training.loop import Trainer, count
 from distill_jobs.training.method_config import LiveTeacherConfig, TeacherModel
 from distill_jobs.training.models import load_model
+from distill_jobs.training.optim import cast_parameters
 from distill_jobs.training.prefixes.generate import Sampling, generate
 from distill_jobs.training.recipes import with_recipe
 from distill_jobs.training.step import DistillStep
@@ -105,8 +106,8 @@ def run(job: Job, folder: Path, on_step: Callable[[dict[str, float]], None] | No
         if on_step is not None:
             on_step(metrics)
     half = seconds[len(seconds) // 2 - 1] if len(seconds) > 1 else 0.0
-    student = merged(trainer.model) if trainer.config.lora is not None else trainer.model
-    student = student.to(torch.bfloat16)
+    student: Any = merged(trainer.model) if trainer.config.lora is not None else trainer.model
+    cast_parameters(student, torch.bfloat16)
     student.set_attn_implementation(register())
     result = asdict(job) | {
         "train_rows": len(trainer.rows.lengths),

@@ -299,9 +299,9 @@ def _cross_tokenizer(model: Any, config: TrainConfig, teachers: LiveTeachers | N
     if teachers is None or teachers.config.cross_tokenizer is None:
         return None
     student = config.shape.tokenizer if config.shape else model.config._name_or_path
-    both = [AutoTokenizer.from_pretrained(one) for one in (student, teachers.config.models[0].model)]
-    settings = teachers.config.cross_tokenizer
-    return CrossTokenizer(settings, *both, teachers.first, teachers.config.cache_rows)
+    mine, its = (AutoTokenizer.from_pretrained(one) for one in (student, teachers.config.models[0].model))
+    settings, capacity = teachers.config.cross_tokenizer, teachers.config.cache_rows
+    return CrossTokenizer(settings, mine, its, teachers.first, capacity)
 
 
 def _on_own_answers(config: TrainConfig, weights: LossWeights) -> LossWeights:

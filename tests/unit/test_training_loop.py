@@ -266,7 +266,7 @@ def test_extra_parameters_of_an_objective_are_trained_and_saved(folder: Path, tm
 
     class Projected(DistillStep):
         def __init__(self, model: Qwen3ForCausalLM) -> None:
-            super().__init__(model, config().loss)
+            super().__init__(model, config())
             self.projection, self.seen = torch.nn.Parameter(torch.ones(3)), 0
 
         def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
