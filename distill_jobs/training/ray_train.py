@@ -200,7 +200,7 @@ def _validation(config: TrainConfig, data_dir: Path, storage: Storage) -> Valida
     held_out = data_dir.with_name("validation")
     if not held_out.is_dir():
         raise DataError(f"validate_steps is set, but there is no {held_out}; teach a validation split.")
-    Rows(held_out, config.max_length, with_teacher=config.loss.kd_weight > 0)
+    Rows(held_out, config.max_length, with_teacher=config.cached_teacher)
     arguments = {"config": config.model_dump(), "data_dir": str(held_out), "storage": storage}
     return ValidationConfig(
         validate,
@@ -264,7 +264,7 @@ def run_training(
     name = f"{config.name}-{fingerprint(config, data_dir, base_model)}"
     progress = beside / name / PROGRESS
     storage = open_storage(config.storage or str(beside))
-    Rows(data_dir, config.max_length, with_teacher=config.loss.kd_weight > 0)  # fail here, not in a worker
+    Rows(data_dir, config.max_length, with_teacher=config.cached_teacher)  # fail here, not in a worker
     validation = _validation(config, data_dir, storage.below(name))
     _ensure_ray(config)
     trainer = TorchTrainer(

@@ -19,7 +19,7 @@ from distill_jobs.training.attention import register
 from distill_jobs.training.config import EarlyStopConfig, TrainConfig
 from distill_jobs.training.data import Rows, RowSource
 from distill_jobs.training.loop import count
-from distill_jobs.training.method_config import PrefixConfig
+from distill_jobs.training.method_config import PrefixConfig, TermsConfig
 from distill_jobs.training.models import load_model
 from distill_jobs.training.optim import cast_parameters
 from distill_jobs.training.order import split_for_worker
@@ -32,14 +32,19 @@ UNKNOWN = math.inf
 """The validation loss of a checkpoint that is not validated (yet): never the best."""
 
 
+def objective(config: TrainConfig) -> TrainConfig:
+    """What held-out rows are measured by: the training's loss where their columns know the teacher,
+    else the cross entropy with their text; no extra terms, no generated prefixes, no live teachers."""
+    plain = {"terms": TermsConfig(), "prefix": PrefixConfig(), "teacher": None}
+    if config.teacher is not None:
+        plain["loss"] = config.loss.model_copy(update={"kd_weight": 0.0, "hard_weight": 1.0})
+    return config.model_copy(update=plain)
+
+
 def rows_loss(model: nn.Module, rows: RowSource, config: TrainConfig) -> dict[str, float]:
     """Loss, divergence and cross entropy over all rows, as the training of them would report."""
-    # On the rows as they are: nothing is generated, and terms are no part of what is wanted in the end.
-    terms = config.terms.model_copy(
-        update=dict.fromkeys(("hidden", "attention", "relation", "contrastive")) | {"two_stage": 0.0}
-    )
-    plain = config.model_copy(update={"terms": terms, "prefix": PrefixConfig()})
-    step, indices = DistillStep(model, plain), np.arange(len(rows.lengths))
+    config = objective(config)
+    step, indices = DistillStep(model, config), np.arange(len(rows.lengths))
     indices, rows = step.rows(0, 1, indices, rows)
     counts, device = count(rows, indices), next(model.parameters()).device
     total = torch.zeros(3, dtype=torch.float64, device=device)
@@ -48,7 +53,7 @@ def rows_loss(model: nn.Module, rows: RowSource, config: TrainConfig) -> dict[st
         for one in split_for_worker(indices, rows.lengths, 0, 1, config.micro_tokens, config.packing):
             batch = rows.micro_batch(one, config.with_prompt, config.packing).to(device)
             loss, parts = step.loss(batch, counts)
-            total += torch.cat([loss[None], parts]).double()
+            total += torch.cat([loss[None], parts[:2]]).double()
     return dict(zip(("validation_loss", "validation_kd", "validation_ce"), total.tolist(), strict=True))
 
 
