@@ -16,6 +16,7 @@ from distill_jobs.training.divergence import (
     Divergence,
     HiddenTeacher,
     LossWeights,
+    MixtureTeacher,
     SampledTeacher,
     SparseTeacher,
     Teacher,
@@ -55,6 +56,10 @@ def tempered(p: Tensor, temperature: float) -> Tensor:
     return raised / raised.sum(-1, keepdim=True)
 
 
+def _states(one: HiddenTeacher) -> tuple[Tensor, Tensor]:
+    return one.hidden, one.head
+
+
 def pair(logits: Tensor, teacher: Teacher, temperature: float) -> tuple[Tensor, Tensor]:
     """Tempered probabilities of teacher and student over the categories that they are compared on."""
     if isinstance(teacher, SparseTeacher):
@@ -64,7 +69,11 @@ def pair(logits: Tensor, teacher: Teacher, temperature: float) -> tuple[Tensor, 
         return tempered(p, temperature), tempered(
             torch.cat([taken, 1 - taken.sum(-1, keepdim=True)], -1), temperature
         )
-    if isinstance(teacher, HiddenTeacher):
+    if isinstance(teacher, MixtureTeacher):
+        common = min(logits.shape[-1], *(len(one.head) for one in teacher.parts))
+        each = [torch.softmax(h.double() @ w.double()[:common].T, -1) for h, w in map(_states, teacher.parts)]
+        theirs = sum(w * p for w, p in zip(teacher.weights, each, strict=True)).log()  # type: ignore[union-attr]
+    elif isinstance(teacher, HiddenTeacher):
         theirs = teacher.hidden.double() @ teacher.head.double().T
     else:
         assert isinstance(teacher, DenseTeacher)

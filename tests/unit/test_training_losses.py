@@ -19,6 +19,7 @@ from distill_jobs.training.divergence import (
     Divergence,
     HiddenTeacher,
     LossWeights,
+    MixtureTeacher,
     SampledTeacher,
     SparseTeacher,
     Teacher,
@@ -30,7 +31,16 @@ from tests.unit.losses_oracle import apart, draw_world, eager, ours, top
 
 N, H, V, K = 37, 16, 50, 6
 KINDS = get_args(Kind)
-TEACHERS = ["sparse", "dense", "dense_longer", "dense_shorter", "dense_masked", "hidden", "hidden_longer"]
+TEACHERS = [
+    "sparse",
+    "dense",
+    "dense_longer",
+    "dense_shorter",
+    "dense_masked",
+    "hidden",
+    "hidden_longer",
+    "mixture",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,13 @@ def make_teacher(world: dict[str, Tensor], kind: str) -> Teacher | None:
         "dense_shorter": lambda: DenseTeacher(logits[:, : V - 4]),
         "dense_masked": lambda: DenseTeacher(masked),
         "hidden": lambda: HiddenTeacher(world["teacher_hidden"], world["teacher_head"]),
+        "mixture": lambda: MixtureTeacher(
+            (
+                HiddenTeacher(world["teacher_hidden"], world["teacher_head"]),
+                HiddenTeacher(world["hidden"], world["teacher_head"][: V - 2, :H]),
+            ),
+            (0.75, 0.25),
+        ),
         "hidden_longer": lambda: HiddenTeacher(
             world["teacher_hidden"], torch.cat([world["teacher_head"], extra])
         ),

@@ -11,6 +11,7 @@ from distill_jobs.training.divergence.rows import LossWeights, loss_weights
 from distill_jobs.training.divergence.teachers import (
     DenseTeacher,
     HiddenTeacher,
+    MixtureTeacher,
     SampledTeacher,
     SparseTeacher,
     Teacher,
@@ -21,6 +22,7 @@ __all__ = [
     "Divergence",
     "HiddenTeacher",
     "LossWeights",
+    "MixtureTeacher",
     "SampledTeacher",
     "SparseTeacher",
     "Teacher",

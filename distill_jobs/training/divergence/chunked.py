@@ -8,6 +8,7 @@ callers pass rows that count, already shifted and selected.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from distill_jobs.training.divergence.products import Products
 from distill_jobs.training.divergence.rows import LossWeights, check, row_losses
-from distill_jobs.training.divergence.teachers import DenseTeacher, HiddenTeacher, Teacher
+from distill_jobs.training.divergence.teachers import DenseTeacher, HiddenTeacher, MixtureTeacher, Teacher
 
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """fp32 logits of a chunk, when the caller leaves the choice to the op: the products want many rows."""
@@ -25,6 +26,13 @@ _BLOCK_BYTES = {"cpu": 2**20, "cuda": 512 * 2**20}
 
 _LEAST_ROWS = 64
 """Fewer rows than this, and a pass over the output matrix costs more than its product with them."""
+
+
+def _heads(teacher: Teacher | None) -> list[Tensor]:
+    """The output matrices that rebuild a teacher's logits."""
+    if isinstance(teacher, MixtureTeacher):
+        return [one.head for one in teacher.parts]
+    return [teacher.head] if isinstance(teacher, HiddenTeacher) else []
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -39,10 +47,7 @@ class _Chunks:
         rows = min(chunk, len(hidden))
         self.head = Products(weight, rows)
         self.teacher = teacher
-        common = slice(0, len(weight))
-        self.teacher_head = (
-            Products(teacher.head[common], rows) if isinstance(teacher, HiddenTeacher) else None
-        )
+        self.heads = [Products(head[: len(weight)], rows) for head in _heads(teacher)]
         block = _BLOCK_BYTES.get(hidden.device.type, _BLOCK_BYTES["cuda"])
         self.block = max(1, block // (4 * max(len(weight), 1)))
         self.parts = [slice(s, min(s + chunk, len(hidden))) for s in range(0, len(hidden), chunk)]
@@ -53,9 +58,18 @@ class _Chunks:
             return None
         known = self.teacher.rows(part)
         if isinstance(known, HiddenTeacher):
-            assert self.teacher_head is not None
-            return DenseTeacher(self.teacher_head.logits(known.hidden))
-        return known
+            return DenseTeacher(self.heads[0].logits(known.hidden))
+        return DenseTeacher(self._mixture(known)) if isinstance(known, MixtureTeacher) else known
+
+    def _mixture(self, known: MixtureTeacher) -> Tensor:
+        """Logarithms of the average probabilities over the vocabulary that all have."""
+        common = min(head.buffer.shape[1] for head in self.heads)
+        total: Tensor | None = None
+        for one, weight, head in zip(known.parts, known.weights, self.heads, strict=True):
+            logprobs = torch.log_softmax(head.logits(one.hidden)[:, :common], -1).add_(math.log(weight))
+            total = logprobs if total is None else torch.logaddexp(total, logprobs, out=total)
+        assert total is not None
+        return total
 
     def losses(self, logits: Tensor, labels: Tensor, known: Any, weights: LossWeights) -> Tensor:
         """(rows, 2) losses of a chunk; its logits become their gradient, a block at a time."""

@@ -62,4 +62,15 @@ class HiddenTeacher:
         return HiddenTeacher(self.hidden[part], self.head)
 
 
-Teacher = SparseTeacher | SampledTeacher | DenseTeacher | HiddenTeacher
+@dataclass(frozen=True, slots=True)
+class MixtureTeacher:
+    """The weighted average of several teachers' probabilities, rebuilt a chunk at a time."""
+
+    parts: tuple[HiddenTeacher, ...]
+    weights: tuple[float, ...]  # sum to 1
+
+    def rows(self, part: slice) -> MixtureTeacher:
+        return MixtureTeacher(tuple(one.rows(part) for one in self.parts), self.weights)
+
+
+Teacher = SparseTeacher | SampledTeacher | DenseTeacher | HiddenTeacher | MixtureTeacher
