@@ -37,7 +37,10 @@ Trainer = Callable[..., TrainResult]
 def train_key(config: TrainConfig, base_model: str) -> dict[str, object]:
     """What decides a run's result: its configuration and the weights (or the tokenizer) it starts from."""
     start = base_model if config.shape is None else config.shape.tokenizer
-    return key_config(config) | {"start_digest": model_digest_or_tokenizer(start)}
+    key = key_config(config) | {"start_digest": model_digest_or_tokenizer(start)}
+    if config.teacher is not None:
+        key["teacher_digests"] = [model_digest(one.model) for one in config.teacher.models]
+    return key
 
 
 def model_digest_or_tokenizer(start: str) -> str:
@@ -69,6 +72,9 @@ def run(
     if config.shape is not None:
         shape = config.shape.model_copy(update={"tokenizer": _absolute(config.shape.tokenizer)})
         config = config.model_copy(update={"shape": shape})
+    if config.teacher is not None:
+        models = tuple(m.model_copy(update={"model": _absolute(m.model)}) for m in config.teacher.models)
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"models": models})})
 
     def on_progress(metrics: dict[str, float]) -> None:
         progress.update(int(metrics["step"]), int(metrics["steps"]), "steps")
@@ -80,7 +86,8 @@ def run(
         else nullcontext()
     ):
         result = trainer(config, data, _absolute(base_model), folder / "student", on_progress)
-    if not (Path(result.checkpoint_dir) / "config.json").is_file():
+    left = Path(result.checkpoint_dir)
+    if not any((left / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise TrainingError(f"Training ended without a checkpoint in {result.checkpoint_dir}.")
     metrics: dict[str, float | None] = {k: float(v) for k, v in result.metrics.items()}
     return Result({"student": output_file(Path(result.checkpoint_dir))}, metrics=metrics)

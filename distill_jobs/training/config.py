@@ -3,11 +3,18 @@ from."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from distill_jobs.training.method_config import (
+    CurriculumConfig,
+    LiveTeacherConfig,
+    LoraConfig,
+    PrefixConfig,
+    TermsConfig,
+)
 
 
 class ShapeConfig(StrictConfig):
@@ -42,8 +49,12 @@ class OptimizerConfig(StrictConfig):
     warmup: float = Field(
         default=0.05, ge=0, lt=1, description="Share of the steps over which the rate rises."
     )
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="wsd",
+        description="After the warm-up: flat; to 0 by a line or a cosine; or flat, then a fall (wsd).",
+    )
     decay: float = Field(
-        default=0.6, ge=0, le=1, description="Last share of the steps over which the rate falls to 0."
+        default=0.6, ge=0, le=1, description="wsd: last share of the steps over which the rate falls to 0."
     )
     clip: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
 
@@ -88,6 +99,15 @@ class LossConfig(StrictConfig):
     )
 
 
+class EarlyStopConfig(StrictConfig):
+    """When a run ends before its last step."""
+
+    patience: int = Field(default=3, ge=1, description="Validations in a row that may bring no new best.")
+    min_delta: float = Field(
+        default=0.0, ge=0, description="A new best is lower by more than this, in the loss's unit."
+    )
+
+
 class TrainConfig(StrictConfig):
     """One training run."""
 
@@ -103,6 +123,14 @@ class TrainConfig(StrictConfig):
             "compile",
             "use_gpu",
             "micro_tokens",
+            "packing",
+            "gradient_checkpointing",
+            "parallel",
+            "min_workers",
+            "keep_checkpoints",
+            "storage",
+            "validation_cpus",
+            "validation_gpus",
         }
     )
     """Settings that change how a run is executed, not what comes out: a run may continue under others."""
@@ -115,7 +143,11 @@ class TrainConfig(StrictConfig):
     )
     batch_rows: int = Field(default=64, ge=1, description="Samples per optimizer step, over all workers.")
     micro_tokens: int = Field(
-        default=8192, ge=16, description="Padded tokens in one forward pass of one worker."
+        default=8192, ge=16, description="Tokens in one forward pass of one worker, padding included."
+    )
+    packing: bool = Field(
+        default=True,
+        description="Rows of a forward pass share one sequence without padding; none sees another.",
     )
     bucket_window: int = Field(
         default=1, ge=1, description="Steps whose samples are sorted by length together."
@@ -123,19 +155,88 @@ class TrainConfig(StrictConfig):
     max_length: int = Field(default=1024, ge=8, description="Longer samples are refused.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    terms: TermsConfig = Field(default_factory=TermsConfig)
+    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
+    teacher: LiveTeacherConfig | None = Field(
+        default=None, description="Teachers that run beside the student, instead of what the rows cache."
+    )
+    lora: LoraConfig | None = Field(
+        default=None, description="Train low-rank adapters instead of all weights."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Easy rows first, by the rows' `difficulty`; None shuffles them."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Weights in compute; masters are fp32."
     )
     shape: ShapeConfig | None = Field(
         default=None, description="From scratch: the model to make; base_model is unused."
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass: less memory, a third slower.",
+    )
+    validate_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between validations on the rows of `validation`, beside the training.",
+    )
+    early_stop: EarlyStopConfig | None = Field(
+        default=None,
+        description="Stop when validation gets no better and export the best; needs validate_steps.",
+    )
+    validation_cpus: float = Field(default=0.0, ge=0, description="Ray CPUs that a validation reserves.")
+    validation_gpus: float = Field(default=0.0, ge=0, description="GPUs that a validation reserves.")
     compile: bool = Field(
         default=False, description="Compile each decoder block: twice the speed after half a minute."
     )
     workers: int = Field(default=1, ge=1, description="Ray Train workers.")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="Go on with so many when nodes are lost; default: all of `workers`."
+    )
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        default="ddp", description="Whole copies of the model a worker, or shards of it (FSDP2)."
+    )
     threads: int = Field(default=1, ge=1, description="Intra-op threads of each worker.")
     use_gpu: bool = Field(default=False, description="One GPU a worker.")
     cpus_per_worker: float = Field(default=1.0, gt=0, description="Ray CPUs that each worker reserves.")
     checkpoint_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept, besides the latest.")
+    storage: str | None = Field(
+        default=None, description="Folder or URL (s3://…) for checkpoints; default: beside the result."
+    )
     log_steps: int = Field(default=10, ge=1, description="Optimizer steps between progress reports.")
     max_failures: int = Field(default=3, ge=0, description="Worker failures that Ray Train may recover from.")
+
+    @property
+    def cached_teacher(self) -> bool:
+        """Whether the rows' own columns say what the teacher thinks."""
+        return self.loss.kd_weight > 0 and self.teacher is None
+
+    @property
+    def with_prompt(self) -> bool:
+        """Whether positions of the prompt count, too."""
+        return self.loss.prompt_weight > 0 or self.terms.positions == "all"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainConfig:
+        if self.terms.intermediate and self.teacher is None:
+            raise ValueError("terms read the inside of a live teacher; set train.teacher")
+        if self.terms.intermediate and self.compile:
+            raise ValueError("terms look inside the blocks, which compile hides; set train.compile: false")
+        asks = self.loss.kd_weight > 0 or self.prefix.teacher
+        if self.prefix.generates and asks and self.teacher is None:
+            raise ValueError("prefixes written during training need a live teacher; set train.teacher")
+        if self.terms.intermediate and self.teacher and self.teacher.cross_tokenizer:
+            raise ValueError("terms compare tokens one by one; they need a teacher of the same tokenizer")
+        if self.parallel == "fsdp2" and (self.prefix.student or self.lora):
+            raise ValueError("prefix.student and lora need whole parameters; set train.parallel: ddp")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.early_stop is not None and self.validate_steps is None:
+            raise ValueError("early_stop needs validate_steps: without validation nothing says when to stop.")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}.")
+        return self

@@ -1,201 +1,227 @@
-"""Training rows from parquet to micro-batches: deterministic order by (seed, epoch), sorted by length
-against padding.
+"""Training rows as micro-batches: padded, or packed into one sequence.
 
-Rows are right-padded, which a causal model cannot see, so no attention mask is needed. It knows nothing of
-losses; the contract of the files is in `Rows`.
+Padding is on the right, where a causal model cannot see it; packed rows start again at position 0 and the
+attention keeps them apart (`attention`). It knows nothing of losses, of the order of rows or of their files
+(`order`, `columns`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from contracts.errors import DataError
+from distill_jobs.training.columns import open_columns
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the tokens of a packed sequence are when its rows are padded: what keeps attention in its row."""
+
+    places: Tensor  # (S,): row * longest + position, increasing
+    rows: int
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward pass. `rows`/`columns` are the positions whose next token counts; the rest follow their
-    order."""
+    """One forward pass. `rows`/`columns` are the positions whose next token counts; all that is (N, ...)
+    follows their order, rows one after the other."""
 
-    input_ids: Tensor  # (B, S), right-padded
+    input_ids: Tensor  # (B, S), right-padded; (1, S) when packed
     rows: Tensor  # (N,)
     columns: Tensor  # (N,): the hidden state at (row, column) predicts the label
     labels: Tensor  # (N,)
     in_prompt: Tensor  # (N,) bool
-    topk_ids: Tensor | None  # (N, k); rows of prompt positions are zeros
-    topk_logprobs: Tensor | None
+    samples: Tensor  # (N,): which of the micro-batch's rows of data; equal to `rows` unless packed
+    weights: Tensor  # (N,) float32: the weight of the position's row
+    rationale: Tensor  # (N,) bool: the position's row has the task "rationale"
+    indices: Tensor  # (rows of data,): their indices in the source that made the batch
+    topk_ids: Tensor | None = None  # (N, k); rows of prompt positions are zeros
+    topk_logprobs: Tensor | None = None  # (N, k); log importance weights under the scheme "sampled"
+    teacher_hidden: Tensor | None = None  # (N, d): the teacher's last hidden states, scheme "hidden"
+    scheme: str = ""  # "topk", "sampled" or "hidden": what the teacher's tensors mean; "" without a teacher
+    position_ids: Tensor | None = None  # (1, S) when packed: starts again at 0 with every row
+    packing: Packing | None = None
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The decoder's keyword arguments."""
+        if self.packing is None:
+            return {"input_ids": self.input_ids}
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "packing": self.packing}
 
     def to(self, device: torch.device) -> MicroBatch:
-        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        moved: dict[str, Any] = {
-            name: one if one is None else one.to(device) for name, one in tensors.items()
-        }
+        """On another device; itself where it is there already."""
+        if self.input_ids.device == device:
+            return self
+        moved: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            one = getattr(self, name)
+            moved[name] = one.to(device, non_blocking=True) if isinstance(one, Tensor) else one
+        if self.packing is not None:
+            moved["packing"] = Packing(
+                self.packing.places.to(device), self.packing.rows, self.packing.longest
+            )
         return MicroBatch(**moved)
 
 
-@dataclass(slots=True)
-class _Ragged:
-    """A list column as one flat array and offsets."""
+class RowSource(Protocol):
+    """Rows that can be trained on, whatever they come from."""
 
-    flat: np.ndarray
-    offsets: np.ndarray
+    lengths: np.ndarray  # (rows,) tokens of each row
+    prompt_len: np.ndarray  # (rows,) of which prompt
+    weights: np.ndarray  # (rows,) float32 sample weights
+    rationale: np.ndarray  # (rows,) bool: the row's task is "rationale"
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+    def micro_batch(self, indices: np.ndarray, with_prompt: bool, packed: bool = False) -> MicroBatch:
+        """The given rows in one forward pass; `with_prompt` counts the prompt's positions, too."""
 
 
-def _ragged(table: object, name: str) -> _Ragged:
-    column = table.column(name).combine_chunks()  # type: ignore[attr-defined]
-    array = column if not hasattr(column, "chunks") else column.chunk(0)
-    offsets = array.offsets.to_numpy()
-    return _Ragged(array.values.to_numpy(zero_copy_only=False), offsets)
+def ragged_arange(sizes: np.ndarray) -> np.ndarray:
+    """0..n-1 for every n, one after the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
 
 
 class Rows:
-    """All rows of a folder of `part-*.parquet`, in memory.
+    """All rows of a folder of `part-*.parquet`, memory-mapped.
 
-    Columns: `input_ids` list<int32> (prompt + completion with its end token), `prompt_len` int32, and for
-    distillation `topk_ids` list<int32>, `topk_logprobs` list<float16>: k a completion position, row-major.
+    Columns: `input_ids` list<int32> (prompt + completion with its end token), `prompt_len` int32; optional
+    `weight` float32, `task` string ("answer" or "rationale"), `difficulty` float32 and `teacher` string (the
+    tag of the live teacher that answers for the row). For distillation, by `scheme` in manifest.json: "topk"
+    and "sampled" read `topk_ids` list<int32> and `topk_logprobs` list<float16>, k a completion position,
+    row-major; "hidden" reads `hidden` list<float16>, d a completion position, and the teacher's head from
+    `head.safetensors`.
+
+    Raises: DataError when the folder holds no rows or malformed ones.
     """
 
     def __init__(self, folder: Path, max_length: int, with_teacher: bool) -> None:
-        files = sorted(Path(folder).glob("part-*.parquet"))
-        if not files:
-            raise DataError(f"{folder} holds no part-*.parquet; run the teach stage first.")
-        columns = ["input_ids", "prompt_len", *(["topk_ids", "topk_logprobs"] if with_teacher else [])]
-        table = pq.read_table(files, columns=columns)
-        if not len(table):
-            raise DataError(f"{folder} holds no rows.")
-        self.input_ids = _ragged(table, "input_ids")
-        self.prompt_len = table.column("prompt_len").to_numpy()
-        self.lengths = np.diff(self.input_ids.offsets)
-        self.topk_ids = _ragged(table, "topk_ids") if with_teacher else None
-        self.topk_logprobs = _ragged(table, "topk_logprobs") if with_teacher else None
-        self._check(folder, max_length)
-        self.k = self._k() if with_teacher else 0
+        self.folder = Path(folder)
+        columns = open_columns(self.folder, max_length, with_teacher)
+        arrays = columns.arrays
+        self.lengths = np.array(arrays["lengths"], dtype=np.int64)
+        self.prompt_len = np.array(arrays["prompt_len"], dtype=np.int64)
+        self.weights = np.array(arrays["weight"])
+        self.rationale = np.array(arrays["rationale"])
+        self.difficulty = np.array(arrays["difficulty"])
+        self.teacher_tags = np.array(arrays["teacher"])
+        self.flat_ids = arrays["input_ids"]
+        self._lay_out()
+        self.scheme, self.k, self.largest_id = columns.scheme, columns.width, columns.largest_id
+        self.teacher = {
+            name: arrays[name].reshape(-1, self.k)
+            for name in ("topk_ids", "topk_logprobs", "hidden")
+            if name in arrays
+        }
+
+    def _lay_out(self) -> None:
+        """Where each row begins in the flat columns."""
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        answers = self.lengths - self.prompt_len
+        self.answer_starts = np.cumsum(answers) - answers
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[np.ndarray], prompt_len: np.ndarray, weights: np.ndarray, rationale: np.ndarray
+    ) -> Rows:
+        """Rows from memory, without a cached teacher: answers that were generated just now."""
+        rows = cls.__new__(cls)
+        rows.folder, rows.scheme, rows.k, rows.teacher = Path(), "", 0, {}
+        rows.lengths = np.array([len(one) for one in ids], dtype=np.int64)
+        rows.prompt_len, rows.weights, rows.rationale = prompt_len.astype(np.int64), weights, rationale
+        rows.difficulty = np.zeros(len(ids), dtype=np.float32)
+        rows.teacher_tags = np.zeros(len(ids), dtype=np.uint32)
+        rows.flat_ids = np.concatenate(ids).astype(np.int32)
+        rows.largest_id = int(rows.flat_ids.max())
+        rows._lay_out()
+        return rows
+
+    def with_prefix(self, which: np.ndarray, ids: np.ndarray) -> Rows:
+        """The rows with `ids` before the prompts of those that `which` (rows,) marks."""
+        rows = copy.copy(self)
+        longer = np.where(which, len(ids), 0)
+        rows.lengths, rows.prompt_len = self.lengths + longer, self.prompt_len + longer
+        places = np.repeat(self.starts[which], len(ids))
+        rows.flat_ids = np.insert(self.flat_ids, places, np.tile(ids, int(which.sum())))
+        rows._lay_out()
+        return rows
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def _check(self, folder: Path, max_length: int) -> None:
-        if int(self.lengths.max()) > max_length:
-            raise DataError(
-                f"{folder}: a row has {int(self.lengths.max())} tokens, more than max_length {max_length}."
-            )
-        if not (self.prompt_len < self.lengths).all() or not (self.prompt_len > 0).all():
-            raise DataError(
-                f"{folder}: every row needs a prompt and a completion (0 < prompt_len < len(input_ids))."
-            )
+    def tokens(self, index: int) -> np.ndarray:
+        """The token ids of one row."""
+        return self.flat_ids[self.starts[index] : self.starts[index] + self.lengths[index]]
 
-    def _k(self) -> int:
-        assert self.topk_ids is not None
-        assert self.topk_logprobs is not None
-        answers = self.lengths - self.prompt_len
-        sizes = np.diff(self.topk_ids.offsets)
-        k = int(sizes[0] // answers[0])
-        if not (sizes == k * answers).all() or not (np.diff(self.topk_logprobs.offsets) == sizes).all():
-            raise DataError("topk_ids and topk_logprobs must both hold k values for every completion token.")
-        return k
+    @cached_property
+    def head(self) -> Tensor:
+        """(V, d) output head of the teacher whose hidden states the rows hold.
 
-    def micro_batch(self, indices: np.ndarray, with_prompt: bool) -> MicroBatch:
-        """Pad the given rows into one micro-batch."""
-        width = int(self.lengths[indices].max())
-        ids = np.zeros((len(indices), width), dtype=np.int64)
-        rows, columns, prompt = [], [], []
-        for row, index in enumerate(indices):
-            tokens = self.input_ids[index]
-            ids[row, : len(tokens)] = tokens
-            first = 0 if with_prompt else int(self.prompt_len[index]) - 1
-            places = np.arange(first, len(tokens) - 1)
-            rows.append(np.full(len(places), row))
-            columns.append(places)
-            prompt.append(places < self.prompt_len[index] - 1)
-        row, column, in_prompt = np.concatenate(rows), np.concatenate(columns), np.concatenate(prompt)
-        topk = self._topk(indices, in_prompt)
+        Raises: DataError when `head.safetensors` is missing or of another width.
+        """
+        from safetensors.torch import load_file
+
+        path = self.folder / "head.safetensors"
+        if not path.exists():
+            raise DataError(f"{path} is missing; rows of the scheme hidden need the teacher's head.")
+        tensors = list(load_file(path).values())
+        if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] != self.k:
+            raise DataError(f"{path} must hold one matrix of width {self.k}, the teacher's output head.")
+        return tensors[0]
+
+    def micro_batch(self, indices: np.ndarray, with_prompt: bool, packed: bool = False) -> MicroBatch:
+        """Pad the given rows into one micro-batch, or pack them into one sequence."""
+        lengths, prompts = self.lengths[indices], self.prompt_len[indices]
+        sample, place = np.repeat(np.arange(len(indices)), lengths), ragged_arange(lengths)
+        flat = self.flat_ids[self.starts[indices][sample] + place].astype(np.int64)
+        counted = place < lengths[sample] - 1
+        if not with_prompt:
+            counted &= place >= prompts[sample] - 1
+        at = np.flatnonzero(counted)
+        in_prompt = place[at] < prompts[sample[at]] - 1
+        rows, columns = (np.zeros_like(at), at) if packed else (sample[at], place[at])
         return MicroBatch(
-            torch.from_numpy(ids),
-            torch.from_numpy(row),
-            torch.from_numpy(column),
-            torch.from_numpy(ids[row, column + 1]),
-            torch.from_numpy(in_prompt),
-            *topk,
+            input_ids=torch.from_numpy(flat[None] if packed else _padded(flat, sample, place, len(indices))),
+            rows=torch.from_numpy(rows),
+            columns=torch.from_numpy(columns),
+            labels=torch.from_numpy(flat[at + 1]),
+            in_prompt=torch.from_numpy(in_prompt),
+            samples=torch.from_numpy(sample[at]),
+            weights=torch.from_numpy(self.weights[indices][sample[at]]),
+            rationale=torch.from_numpy(self.rationale[indices][sample[at]]),
+            indices=torch.from_numpy(np.array(indices, dtype=np.int64)),
+            scheme=self.scheme,
+            position_ids=torch.from_numpy(place[None]) if packed else None,
+            packing=_packing(sample, place, lengths) if packed else None,
+            **self._teacher(indices, lengths - prompts, in_prompt),
         )
 
-    def _topk(self, indices: np.ndarray, in_prompt: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-        if self.topk_ids is None or self.topk_logprobs is None:
-            return None, None
-        ids = np.zeros((len(in_prompt), self.k), dtype=np.int64)
-        logprobs = np.zeros((len(in_prompt), self.k), dtype=np.float32)
-        ids[~in_prompt] = np.concatenate([self.topk_ids[i] for i in indices]).reshape(-1, self.k)
-        logprobs[~in_prompt] = np.concatenate([self.topk_logprobs[i] for i in indices]).reshape(-1, self.k)
-        return torch.from_numpy(ids), torch.from_numpy(logprobs)
+    def _teacher(self, indices: np.ndarray, answers: np.ndarray, in_prompt: np.ndarray) -> dict[str, Tensor]:
+        """The teacher's columns at the counted positions; zeros in the prompt, of which it says nothing."""
+        source = np.repeat(self.answer_starts[indices], answers) + ragged_arange(answers)
+        found = {}
+        for name, column in self.teacher.items():
+            values = np.zeros((len(in_prompt), self.k), dtype=np.int64 if name == "topk_ids" else np.float32)
+            values[~in_prompt] = column[source]
+            found["teacher_hidden" if name == "hidden" else name] = torch.from_numpy(values)
+        return found
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Which rows make which step: a pure function of (seed, step), the same for any number of workers."""
-
-    lengths: np.ndarray
-    seed: int
-    batch_rows: int
-    bucket_window: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return max(1, len(self.lengths) // self.batch_rows)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """(steps, batch_rows) row indices of one pass; the rows of `bucket_window` steps are sorted by
-        length together."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self.lengths))
-        size = min(self.batch_rows, len(order))
-        order = order[: self.steps_per_epoch * size].reshape(-1, size)
-        if self.bucket_window == 1:
-            return order
-        windows = []
-        for start in range(0, len(order), self.bucket_window):
-            flat = order[start : start + self.bucket_window].reshape(-1)
-            steps = flat[np.argsort(self.lengths[flat], kind="stable")].reshape(-1, size)
-            windows.append(rng.permutation(steps))
-        return np.concatenate(windows)
-
-    def steps(self, first: int, last: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(step, row indices) for first <= step < last; starting in the middle costs nothing."""
-        epoch = -1
-        for step in range(first, last):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                table = self._epoch(epoch)
-            yield step, table[step % self.steps_per_epoch]
+def _padded(flat: np.ndarray, sample: np.ndarray, place: np.ndarray, rows: int) -> np.ndarray:
+    ids = np.zeros((rows, int(place.max()) + 1), dtype=np.int64)
+    ids[sample, place] = flat
+    return ids
 
 
-def split_for_worker(
-    indices: np.ndarray, lengths: np.ndarray, rank: int, world: int, budget: int
-) -> list[np.ndarray]:
-    """The worker's share of a step, as micro-batches of at most `budget` padded tokens (or one row)."""
-    ordered = indices[np.argsort(lengths[indices], kind="stable")]
-    mine = ordered[rank::world]
-    batches: list[np.ndarray] = []
-    current: list[int] = []
-    for index in mine:
-        if current and (len(current) + 1) * int(lengths[index]) > budget:
-            batches.append(np.array(current))
-            current = []
-        current.append(index)
-    return [*batches, np.array(current)] if current else batches
-
-
-def read_manifest(folder: Path) -> dict[str, object]:
-    """The `manifest.json` beside the parts, or nothing when there is none."""
-    path = Path(folder) / "manifest.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _packing(sample: np.ndarray, place: np.ndarray, lengths: np.ndarray) -> Packing:
+    longest = int(lengths.max())
+    return Packing(torch.from_numpy(sample * longest + place), len(lengths), longest)

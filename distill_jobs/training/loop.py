@@ -1,6 +1,6 @@
 """The plain torch training loop: accumulate, sum over workers, step, report, checkpoint, resume.
 
-It knows nothing of Ray: workers are a rank, a world size and a function that sums tensors over workers.
+It knows nothing of Ray: workers are a rank, a world size and a function that sums tensors (`parallel`).
 Everything is divided by the number of valid tokens of the whole step, so neither accumulation nor the number
 of workers changes it.
 """
@@ -13,31 +13,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from contracts.errors import TrainingError
 from distill_jobs.training.config import TrainConfig
-from distill_jobs.training.data import Order, Rows, split_for_worker
-from distill_jobs.training.optim import MasterOptimizer, schedule
-from distill_jobs.training.step import batch_loss
+from distill_jobs.training.curriculum import CurriculumOrder, order_of, planned_steps
+from distill_jobs.training.data import MicroBatch, RowSource
+from distill_jobs.training.optim import MasterOptimizer, schedule, whole
+from distill_jobs.training.order import Order, split_for_worker
+from distill_jobs.training.parallel import Workers, shard, sum_over
+from distill_jobs.training.step import Counts, Step, make_step
 
 STATE = "state.pt"
-
-
-def _nothing(_: Tensor) -> None:
-    """Summing over a single worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """This worker among its equals; `add` sums a tensor over all of them in place."""
-
-    rank: int = 0
-    world: int = 1
-    add: Callable[[Tensor], None] = _nothing
+TINY = 1e-9  # the tokens of a step whose rows all weigh nothing: its gradient is zero, not 0 / 0
 
 
 @dataclass(slots=True)
@@ -52,39 +43,49 @@ class Position:
 
 @dataclass(slots=True)
 class Trainer:
-    """A run in progress."""
+    """A run in progress. `objective` is what is minimised: by default what the configuration asks for."""
 
     model: nn.Module
-    rows: Rows
+    rows: RowSource
     config: TrainConfig
     workers: Workers = field(default_factory=Workers)
+    objective: Step | None = None
     position: Position = field(default_factory=Position)
     optimizer: MasterOptimizer = field(init=False)
-    order: Order = field(init=False)
+    order: Order | CurriculumOrder = field(init=False)
+    step: Step = field(init=False)
+    _loss: Callable[[MicroBatch, Counts], tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = MasterOptimizer(self.model, self.config.optimizer)
-        self.model.to(getattr(torch, self.config.dtype))
-        self.optimizer.named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.order = Order(
-            self.rows.lengths, self.config.seed, self.config.batch_rows, self.config.bucket_window
+        config, dtype = self.config, getattr(torch, self.config.dtype)
+        self.step = self.objective or make_step(self.model, config, self.workers)
+        self._loss = self.step.loss
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        sharded = config.parallel == "fsdp2" and self.workers.world > 1
+        if sharded:
+            self._loss = shard(self.model, dtype, self.step.loss)
+        self.optimizer = MasterOptimizer(
+            self.model,
+            config.optimizer,
+            torch.float32 if sharded else dtype,
+            self.step.extra_parameters(),
+            self.workers.add,
         )
+        self.order = order_of(self.rows, config)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        planned = max(1, round(self.config.epochs * self.order.steps_per_epoch))
-        return min(planned, self.config.max_steps or planned)
+        return planned_steps(len(self.rows.lengths), self.config)
 
     def run(self) -> Iterator[dict[str, float]]:
         """Train from the current position to the end; yields the metrics of every step."""
         self.model.train()
-        device = next(self.model.parameters()).device
         for step, indices in self.order.steps(self.position.step, self.steps):
             started = time.monotonic()
-            metrics = self._step(step, indices, device)
+            metrics = self._step(step, indices)
             self.position.step = step + 1
-            self.position.tokens += int(self.rows.lengths[indices].sum())
             self.position.seconds += time.monotonic() - started
             yield {
                 "step": step + 1,
@@ -95,63 +96,87 @@ class Trainer:
                 **metrics,
             }
 
-    def _step(self, step: int, indices: Any, device: torch.device) -> dict[str, float]:
-        micro = split_for_worker(
-            indices, self.rows.lengths, self.workers.rank, self.workers.world, self.config.micro_tokens
-        )
-        answers = int((self.rows.lengths - self.rows.prompt_len)[indices].sum())
-        prompts = int((self.rows.prompt_len[indices] - 1).sum())
-        sums = torch.zeros(2, device=device)
-        for one in micro:
-            batch = self.rows.micro_batch(one, with_prompt=self.config.loss.prompt_weight > 0).to(device)
-            loss, parts = batch_loss(self.model, batch, self.config.loss, answers, prompts)
-            loss.backward()  # type: ignore[no-untyped-call]
-            sums += parts.float()
-        self._sum_gradients()
+    def accumulate(self, step: int, indices: np.ndarray) -> Tensor:
+        """Gradients of this worker's share of a step, added to the masters'; its share of the parts."""
+        indices, rows = self.step.rows(step, self.steps, indices, self.rows)
+        self.position.tokens += int(rows.lengths[indices].sum())
+        counts = count(rows, indices)
+        device = next(self.model.parameters()).device
+        sums = torch.zeros(len(self.step.parts), device=device)
+        for one, share in self._micro_batches(rows, indices):
+            batch = rows.micro_batch(one, self.config.with_prompt, self.config.packing).to(device)
+            loss, parts = self._loss(batch, counts)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            self.optimizer.accumulate()
+            sums += share * parts.detach().float()
+        return sums
+
+    def _micro_batches(self, rows: RowSource, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """This worker's micro-batches, each counting once. Workers whose parameters are shards go forward
+        equally often: who has fewer repeats a row that counts nothing."""
+        world, config = self.workers.world, self.config
+        shares = [
+            split_for_worker(indices, rows.lengths, rank, world, config.micro_tokens, config.packing)
+            for rank in (range(world) if config.parallel == "fsdp2" else [self.workers.rank])
+        ]
+        mine = shares[self.workers.rank] if len(shares) > 1 else shares[0]
+        missing = max(len(one) for one in shares) - len(mine)
+        return [*((one, 1.0) for one in mine), *((indices[:1], 0.0) for _ in range(missing))]
+
+    def _step(self, step: int, indices: np.ndarray) -> dict[str, float]:
+        sums = self.accumulate(step, indices)
+        if self.workers.world > 1:
+            reached = self.optimizer.reached()
+            sum_over(self.workers, [*self.optimizer.unsummed(), reached])
+            self.optimizer.drop_unreached(reached)
         self.workers.add(sums)
         if not torch.isfinite(sums).all():
             raise TrainingError(f"the loss is not finite at step {step}; lower optimizer.lr.")
         factor = schedule(step, self.steps, self.config.optimizer)
         norm = self.optimizer.step(factor)
         return {
-            "kd": float(sums[0]),
-            "ce": float(sums[1]),
+            **dict(zip(self.step.parts, sums.tolist(), strict=True)),
             "grad_norm": norm,
             "lr": self.config.optimizer.lr * factor,
+            **self.step.metrics(),
         }
 
-    def _sum_gradients(self) -> None:
-        """One flat fp32 sum over the workers; a worker without rows takes part with zeros."""
-        if self.workers.world == 1:
-            return
-        parameters = [p for _, p in self.optimizer.named]
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters]
-        )
-        self.workers.add(flat)
-        for parameter, part in zip(
-            parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
-
     def save(self, folder: Path) -> None:
-        """Write the run's state: a temporary folder first, then one rename."""
-        with writing(folder) as temporary:
-            torch.save(
-                {
-                    "position": [self.position.step, self.position.tokens, self.position.seconds],
-                    "optimizer": self.optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-                temporary / STATE,
-            )
+        """Write the run's state: a temporary folder first, then one rename. Every worker must call it; the
+        first one writes."""
+        state = {
+            "position": [self.position.step, self.position.tokens, self.position.seconds],
+            "optimizer": self.optimizer.state_dict(),
+            "objective": self.step.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.workers.rank == 0:
+            with writing(folder) as temporary:
+                torch.save(state, temporary / STATE)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's whole state dict. Every worker must call it."""
+        return {name: whole(tensor) for name, tensor in self.model.state_dict().items()}
 
     def load(self, folder: Path) -> None:
         """Continue from a state that `save` wrote."""
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
         self.position = Position(*state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.step.load_state_dict(state["objective"])
         torch.set_rng_state(state["rng"])
+
+
+def count(rows: RowSource, indices: np.ndarray) -> Counts:
+    """The tokens of a step, weighted by row."""
+    weights = rows.weights[indices].astype(np.float64)
+    prompts = rows.prompt_len[indices]
+    answers = weights * (rows.lengths[indices] - prompts)
+    return Counts(
+        answers=max(float(answers.sum()), TINY),
+        prompts=max(float((weights * (prompts - 1)).sum()), TINY),
+        rationales=float(answers[rows.rationale[indices]].sum()),
+    )
 
 
 class writing:

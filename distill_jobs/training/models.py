@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from distill_jobs.training.config import ShapeConfig
@@ -44,9 +45,13 @@ def load_model(base_model: str, shape: ShapeConfig | None, seed: int) -> Any:
     return model
 
 
-def save_model(model: Any, tokenizer: str, folder: Path) -> None:
-    """Write a plain HF checkpoint (bf16 safetensors and tokenizer) that appears whole or not at all."""
-    state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+def save_model(model: Any, tokenizer: str, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a plain HF checkpoint (bf16 safetensors and tokenizer) that appears whole or not at all.
+
+    `weights` is the model's state dict where the model itself holds only shards.
+    """
+    weights = model.state_dict() if weights is None else weights
+    state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in weights.items()}
     for tied in getattr(model, "_tied_weights_keys", None) or ():
         if getattr(model.config, "tie_word_embeddings", False):
             state.pop(tied, None)

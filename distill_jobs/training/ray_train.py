@@ -24,15 +24,17 @@ import ray.train
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch import distributed
 
 from contracts.config import canonical_json
 from contracts.errors import TrainingError
+from distill_jobs.training.adapters import add_lora, save_student
 from distill_jobs.training.attention import register
+from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.config import TrainConfig
-from distill_jobs.training.data import Rows, read_manifest
-from distill_jobs.training.loop import Trainer, Workers, writing
-from distill_jobs.training.models import load_model, save_model
+from distill_jobs.training.data import Rows
+from distill_jobs.training.loop import Trainer, writing
+from distill_jobs.training.models import load_model
+from distill_jobs.training.parallel import joined
 
 PROGRESS = "progress.jsonl"
 MODEL = "model"
@@ -57,16 +59,12 @@ def fingerprint(config: TrainConfig, data_dir: Path, base_model: str) -> str:
     return hashlib.sha256(canonical_json([shaping, data, base_model]).encode()).hexdigest()[:12]
 
 
-def _add(tensor: torch.Tensor) -> None:
-    distributed.all_reduce(tensor)
-
-
 def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
     """This worker's trainer, continued from the run's last checkpoint when there is one."""
-    context = ray.train.get_context()
-    world = context.get_world_size()
     torch.set_num_threads(config.threads)
     model = load_model(base_model, config.shape, config.seed)
+    if config.lora is not None:
+        model = add_lora(model, config.lora, base_model)
     if config.use_gpu:
         model.to(ray.train.torch.get_device())
     else:
@@ -74,9 +72,8 @@ def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
     if config.compile:
         for block in model.get_decoder().layers:
             block.compile(dynamic=True)
-    rows = Rows(Path(data_dir), config.max_length, with_teacher=config.loss.kd_weight > 0)
-    workers = Workers(context.get_world_rank(), world, _add) if world > 1 else Workers()
-    trainer = Trainer(model, rows, config, workers)
+    rows = Rows(Path(data_dir), config.max_length, with_teacher=config.cached_teacher)
+    trainer = Trainer(model, rows, config, joined())
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -112,7 +109,7 @@ def _report(trainer: Trainer, metrics: dict[str, float], tokenizer: str | None) 
         place = Path(folder) / "checkpoint"
         trainer.save(place)
         if tokenizer is not None:
-            save_model(trainer.model, tokenizer, place / MODEL)
+            save_student(trainer.model, tokenizer, place / MODEL, trainer.config.lora)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(place)))
 
 
