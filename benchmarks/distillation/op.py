@@ -85,24 +85,24 @@ def chunked(one: dict[str, Tensor], kind: str) -> Tensor:
 SIDES: dict[str, Callable[[dict[str, Tensor], str], Tensor]] = {"eager": eager, "chunked": chunked}
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Forget the peak; returns what is held now."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
 
 
 def measure(side: str, kind: str, shape: Shape, device: str, repeats: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(side: str, kind: str, shape: Shape, device: str, repeats: int) -> di
     for _ in range(repeats):
         for leaf in leaves:
             leaf.grad = None
-        held = _reset_peak(device)
+        held = reset_peak(device)
         started = time.perf_counter()
         loss = SIDES[side](one, kind)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -84,8 +84,9 @@ def theirs(given: dict[str, Tensor], wanted: list[dict[str, Any]]) -> list[list[
         return answers
 
 
-def run() -> tuple[list[dict[str, Any]], list[Bar]]:
+def run(threads: int) -> tuple[list[dict[str, Any]], list[Bar]]:
     """One row a case, one bar a peer."""
+    torch.set_num_threads(threads)
     make(PEER, PINS)
     given, wanted = tensors(), cases()
     rows: list[dict[str, Any]] = []
