@@ -18,11 +18,12 @@ from distill_jobs.training.divergence.products import Products
 from distill_jobs.training.divergence.rows import LossWeights, check, row_losses
 from distill_jobs.training.divergence.teachers import DenseTeacher, HiddenTeacher, MixtureTeacher, Teacher
 
-_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 """fp32 logits of a chunk, when the caller leaves the choice to the op: the products want many rows."""
 
-_BLOCK_BYTES = {"cpu": 2**20, "cuda": 512 * 2**20}
-"""fp32 logits of a block: a CPU's passes over them stay in its L2 cache, a GPU wants few launches."""
+_BLOCK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+"""fp32 logits of a block: a CPU's passes over them stay in its L2 cache, a GPU wants fewer launches and
+no temporaries of a chunk's size."""
 
 _LEAST_ROWS = 64
 """Fewer rows than this, and a pass over the output matrix costs more than its product with them."""
