@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.recipes.data import (
     FIRST_EVALUATION,
@@ -30,6 +31,7 @@ from benchmarks.recipes.data import (
 from contracts.config import load_config, write_atomic
 from demo.world import grade
 from distill_jobs.config import DistillConfig
+from distill_jobs.keys import sha256_of
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.training.adapters import add_lora, merged
 from distill_jobs.training.attention import register
@@ -71,6 +73,12 @@ def configure(job: Job) -> TrainConfig:
     return config.model_copy(update=updates)
 
 
+def result_file(job: Job, folder: Path) -> Path:
+    """Where the job's result is kept: another recipe of the same name has another file."""
+    digest = sha256_of(configure(job).model_dump(mode="json"))[:8]
+    return folder / "results" / f"{job.name}-{job.held_out}-{digest}.json"
+
+
 def trainer_of(job: Job, folder: Path) -> Trainer:
     """The job's run, before its first step."""
     torch.set_num_threads(1)
@@ -95,8 +103,9 @@ def first_rows(rows: Rows, count: int) -> Rows:
 
 
 def run(job: Job, folder: Path, on_step: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
-    """Train and measure; the result is kept in `results/<name>.json` and read from there the next time."""
-    file = folder / "results" / f"{job.name}.json"
+    """Train and measure; the result is kept in a file and read from there the next time."""
+    file = result_file(job, folder)
+    disable_progress_bar()
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
     trainer = trainer_of(job, folder)
