@@ -23,11 +23,11 @@ from benchmarks.results import write
 from contracts.errors import StillhouseError
 from distill_jobs.training.recipes import recipe_names
 
-ROWS, STEPS, HELD_OUT = 2400, 240, 400
+ROWS, STEPS, HELD_OUT = 2400, 200, 400
 BEST_ROWS, BEST_STEPS = 6000, 1500
 RATIONALE_SHARE = 0.8
 ANSWERING = 0.03  # seconds a held-out request, of a student
-LIVE, INSIDE, OWN, ANEW = 1.7, 3.5, 4.0, 6.0
+LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
 DEAR = 2.0  # the recipe that is trained longer is the best of those whose step costs at most so much
 
