@@ -19,6 +19,7 @@ from benchmarks.gateway.gateways import GATEWAYS, Gateway, prepare
 from benchmarks.gateway.load import Door, machine_is_quiet, need_wrk
 from benchmarks.gateway.measure import Measured, measure
 from benchmarks.gateway.processes import Failed, Process
+from benchmarks.peers import NotInstalled
 from benchmarks.results import write
 
 
@@ -33,7 +34,7 @@ def main() -> int:
         if not machine_is_quiet():
             print("note: something else keeps this machine busy; it will be measured too", flush=True)
         rounds = _rounds(chosen, 1 if args.quick else args.rounds, 2.0 if args.quick else args.seconds)
-    except Failed as err:
+    except (Failed, NotInstalled) as err:
         print(f"benchmarks.gateway: {err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gateway.load import Door
-from benchmarks.gateway.processes import ROOT, Failed, Process
+from benchmarks.gateway.processes import Process
+from benchmarks.peers import make, program
 from contracts.traffic import Split, Upstream
 from serve.router.config import RouterConfig
 from serve.state.keys import KeyState, new_key
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 
-_PEERS = ROOT / ".cache" / "bench"
 _PINS = Path(__file__).with_name("requirements")
 ROUTE = "bench"
 
@@ -60,27 +58,7 @@ class Gateway:
 def prepare(gateways: list[Gateway]) -> None:
     """Make the environments that are missing or out of date."""
     for peer in {g.peer for g in gateways if g.peer is not None}:
-        _environment(peer)
-
-
-def _environment(peer: str) -> None:
-    folder, pins = _PEERS / peer, _PINS / f"{peer}.txt"
-    stamp = folder / "pins.txt"
-    if stamp.exists() and stamp.read_text() == pins.read_text():
-        return
-    print(f"making {folder.relative_to(ROOT)} (downloads packages the first time) …", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    # pip, because it reads its own settings of index and certificates; the pins are whole.
-    command = [_bin(peer, "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "--no-deps", "-r", str(pins)], capture_output=True, text=True)
-    if done.returncode:
-        raise Failed(f"{peer} could not be installed:\n{done.stderr[-2000:]}")
-    stamp.write_text(pins.read_text())
-
-
-def _bin(peer: str, program: str) -> str:
-    return str(_PEERS / peer / "bin" / program)
+        make(peer, _PINS / f"{peer}.txt")
 
 
 def _free_port() -> int:
@@ -153,7 +131,7 @@ def _bare_on_ray(backend: str, folder: Path, ends: ExitStack) -> Running:
 def _vllm_router(backend: str, folder: Path, ends: ExitStack) -> Running:
     port, metrics = _free_port(), _free_port()
     command = [
-        _bin("vllm-router", "vllm-router"), "--host", "127.0.0.1", "--port", str(port),
+        program("vllm-router", "vllm-router"), "--host", "127.0.0.1", "--port", str(port),
         "--worker-urls", backend, "--prometheus-host", "127.0.0.1",
         "--prometheus-port", str(metrics), "--log-level", "warning",
     ]  # fmt: skip
@@ -165,8 +143,8 @@ def _vllm_router(backend: str, folder: Path, ends: ExitStack) -> Running:
 def _sglang_router(backend: str, folder: Path, ends: ExitStack) -> Running:
     port, metrics = _free_port(), _free_port()
     command = [
-        _bin("sglang-router", "python"), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port",
-        str(port), "--worker-urls", backend, "--prometheus-host", "127.0.0.1",
+        program("sglang-router", "python"), "-m", "sglang_router.launch_router", "--host", "127.0.0.1",
+        "--port", str(port), "--worker-urls", backend, "--prometheus-host", "127.0.0.1",
         "--prometheus-port", str(metrics), "--log-level", "warn",
     ]  # fmt: skip
     process = ends.enter_context(Process(command, folder / "log.txt"))
@@ -188,7 +166,7 @@ def _litellm(backend: str, folder: Path, ends: ExitStack) -> Running:
         )
     )
     command = [
-        _bin("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port),
+        program("litellm", "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port),
         "--num_workers", "1", "--telemetry", "False",
     ]  # fmt: skip
     env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "PYTHONPATH": ""}

@@ -16,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers.utils.logging import disable_progress_bar
 
+from contracts.errors import DataError
 from demo.world import case
 from demo.world.cases import Case
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.training.attention import register
+from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.data import Rows
 from distill_jobs.training.live_teacher import LiveTeacher
 from distill_jobs.training.loop import writing
@@ -58,6 +61,7 @@ def rationale(one: Case) -> str:
 
 def make(folder: Path, rows: int, held_out: int, with_rationale: int) -> None:
     """Fill `folder` with `rows`, `held-out`, and `rationale` of the first rows; what is there stays."""
+    disable_progress_bar()
     tokenizer = ChatTokenizer(STUDENT)
     teacher = LiveTeacher(TeacherModel(model=TEACHER), 0, torch.device("cpu"), register())
     for name, cases in (
@@ -66,6 +70,8 @@ def make(folder: Path, rows: int, held_out: int, with_rationale: int) -> None:
     ):
         if not (folder / name).exists():
             _answered(folder / name, cases, tokenizer, teacher)
+        if (known := read_manifest(folder / name).get("rows")) != len(cases):
+            raise DataError(f"{folder / name} has {known} rows, not {len(cases)}; take another --folder.")
     if not (folder / "rationale").exists():
         _with_rationales(folder, requests("live", 0, with_rationale), tokenizer)
 
@@ -93,7 +99,7 @@ def _answered(place: Path, cases: list[Case], tokenizer: ChatTokenizer, teacher:
     table["topk_logprobs"] = pa.array(
         [one.reshape(-1).astype(np.float16) for one in top_logprobs], pa.list_(pa.float16())
     )
-    _write(place, table, {"k": TOP_K, "scheme": "topk", "vocab_size": len(teacher.head)})
+    _write(place, table, {"k": TOP_K, "scheme": "topk", "vocab_size": len(teacher.head), "rows": len(ids)})
 
 
 def _top(
@@ -110,7 +116,7 @@ def _top(
         logprobs = torch.log_softmax(last.float() @ teacher.head.T.float(), -1).topk(TOP_K, -1)
         sizes = (rows.lengths - rows.prompt_len)[part].tolist()
         for index, top_ids, top in zip(
-            part, logprobs.indices.split(sizes), logprobs.values.split(sizes), strict=True
+            part, torch.split(logprobs.indices, sizes), torch.split(logprobs.values, sizes), strict=True
         ):
             found_ids[index], found[index] = top_ids.numpy(), top.numpy()
     return found_ids, found

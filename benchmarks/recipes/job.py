@@ -1,4 +1,4 @@
-"""One line of the table for one seed: a student trained by a recipe, its answers, its distance to the teacher.
+"""One line of the table for one seed: a student trained by a recipe, its answers, its KL to the teacher.
 
 Training is the project's own loop in this process, without Ray; answers are decoded greedily by the training
 model in bf16 (the served engine gives the same task accuracy within a request or two, and costs a start a
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.recipes.data import (
     FIRST_EVALUATION,
@@ -30,6 +31,7 @@ from benchmarks.recipes.data import (
 from contracts.config import load_config, write_atomic
 from demo.world import grade
 from distill_jobs.config import DistillConfig
+from distill_jobs.keys import sha256_of
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.training.adapters import add_lora, merged
 from distill_jobs.training.attention import register
@@ -39,6 +41,7 @@ from distill_jobs.training.live_teacher import LiveTeacher
 from distill_jobs.training.loop import Trainer, count
 from distill_jobs.training.method_config import LiveTeacherConfig, TeacherModel
 from distill_jobs.training.models import load_model
+from distill_jobs.training.optim import cast_parameters
 from distill_jobs.training.prefixes.generate import Sampling, generate
 from distill_jobs.training.recipes import with_recipe
 from distill_jobs.training.step import DistillStep
@@ -70,6 +73,12 @@ def configure(job: Job) -> TrainConfig:
     return config.model_copy(update=updates)
 
 
+def result_file(job: Job, folder: Path) -> Path:
+    """Where the job's result is kept: another recipe of the same name has another file."""
+    digest = sha256_of(configure(job).model_dump(mode="json"))[:8]
+    return folder / "results" / f"{job.name}-{job.held_out}-{digest}.json"
+
+
 def trainer_of(job: Job, folder: Path) -> Trainer:
     """The job's run, before its first step."""
     torch.set_num_threads(1)
@@ -94,8 +103,9 @@ def first_rows(rows: Rows, count: int) -> Rows:
 
 
 def run(job: Job, folder: Path, on_step: Callable[[dict[str, float]], None] | None = None) -> dict[str, Any]:
-    """Train and measure; the result is kept in `results/<name>.json` and read from there the next time."""
-    file = folder / "results" / f"{job.name}.json"
+    """Train and measure; the result is kept in a file and read from there the next time."""
+    file = result_file(job, folder)
+    disable_progress_bar()
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
     trainer = trainer_of(job, folder)
@@ -105,8 +115,8 @@ def run(job: Job, folder: Path, on_step: Callable[[dict[str, float]], None] | No
         if on_step is not None:
             on_step(metrics)
     half = seconds[len(seconds) // 2 - 1] if len(seconds) > 1 else 0.0
-    student = merged(trainer.model) if trainer.config.lora is not None else trainer.model
-    student = student.to(torch.bfloat16)
+    student: Any = merged(trainer.model) if trainer.config.lora is not None else trainer.model
+    cast_parameters(student, torch.bfloat16)
     student.set_attn_implementation(register())
     result = asdict(job) | {
         "train_rows": len(trainer.rows.lengths),

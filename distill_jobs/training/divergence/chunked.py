@@ -9,72 +9,104 @@ callers pass rows that count, already shifted and selected.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill_jobs.training.divergence.products import Products
 from distill_jobs.training.divergence.rows import LossWeights, check, row_losses
 from distill_jobs.training.divergence.teachers import DenseTeacher, HiddenTeacher, MixtureTeacher, Teacher
 
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Bytes of fp32 logits of a chunk, when the caller leaves the choice to the op."""
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+"""fp32 logits of a chunk, when the caller leaves the choice to the op: the products want many rows."""
+
+_BLOCK_BYTES = {"cpu": 2**20, "cuda": 64 * 2**20}
+"""fp32 logits of a block: a CPU's passes over them stay in its L2 cache, a GPU wants fewer launches and
+no temporaries of a chunk's size."""
 
 _LEAST_ROWS = 64
-"""Fewer rows than this and the pass over the output matrix costs more than its product with them."""
+"""Fewer rows than this, and a pass over the output matrix costs more than its product with them."""
+
+
+def _heads(teacher: Teacher | None) -> list[Tensor]:
+    """The output matrices that rebuild a teacher's logits."""
+    if isinstance(teacher, MixtureTeacher):
+        return [one.head for one in teacher.parts]
+    return [teacher.head] if isinstance(teacher, HiddenTeacher) else []
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
     """Rows a chunk, so that its logits have a fixed size in bytes."""
-    return max(_LEAST_ROWS, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cpu"]) // (4 * max(vocabulary, 1)))
+    return max(_LEAST_ROWS, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * max(vocabulary, 1)))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32 (or fp64): bf16 logits of 20 would be off by 0.06."""
-    if left.dtype in (torch.float32, torch.float64):
-        return left @ right
-    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
+class _Chunks:
+    """One pass over the rows, with the buffers that all chunks share."""
 
+    def __init__(self, hidden: Tensor, weight: Tensor, teacher: Teacher | None, chunk: int) -> None:
+        rows = min(chunk, len(hidden))
+        self.head = Products(weight, rows)
+        self.teacher = teacher
+        self.heads = [Products(head[: len(weight)], rows) for head in _heads(teacher)]
+        block = _BLOCK_BYTES.get(hidden.device.type, _BLOCK_BYTES["cuda"])
+        self.block = max(1, block // (4 * max(len(weight), 1)))
+        self.parts = [slice(s, min(s + chunk, len(hidden))) for s in range(0, len(hidden), chunk)]
 
-def _mixture(teacher: MixtureTeacher, vocabulary: int) -> Tensor:
-    """Logarithms of the average probabilities over the vocabulary that all have."""
-    common = min(vocabulary, *(len(one.head) for one in teacher.parts))
-    logprobs = [
-        torch.log_softmax(_product(one.hidden, one.head[:common].T), -1) + math.log(weight)
-        for one, weight in zip(teacher.parts, teacher.weights, strict=True)
-    ]
-    return torch.logsumexp(torch.stack(logprobs), 0)
+    def known(self, part: slice) -> Any:
+        """What is known of the teacher in a chunk, its logits rebuilt."""
+        if self.teacher is None:
+            return None
+        known = self.teacher.rows(part)
+        if isinstance(known, HiddenTeacher):
+            return DenseTeacher(self.heads[0].logits(known.hidden))
+        return DenseTeacher(self._mixture(known)) if isinstance(known, MixtureTeacher) else known
+
+    def _mixture(self, known: MixtureTeacher) -> Tensor:
+        """Logarithms of the average probabilities over the vocabulary that all have."""
+        common = min(head.buffer.shape[1] for head in self.heads)
+        total: Tensor | None = None
+        for one, weight, head in zip(known.parts, known.weights, self.heads, strict=True):
+            logprobs = torch.log_softmax(head.logits(one.hidden)[:, :common], -1).add_(math.log(weight))
+            total = logprobs if total is None else torch.logaddexp(total, logprobs, out=total)
+        assert total is not None
+        return total
+
+    def losses(self, logits: Tensor, labels: Tensor, known: Any, weights: LossWeights) -> Tensor:
+        """(rows, 2) losses of a chunk; its logits become their gradient, a block at a time."""
+        found = []
+        for start in range(0, len(logits), self.block):
+            part = slice(start, start + self.block)
+            teacher = None if known is None else known.rows(part)
+            found.append(row_losses(logits[part], labels[part], teacher, weights))
+        return torch.cat(found)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, teacher, weights, row_weights, chunk):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, labels, teacher, weights, row_weights, chunk, learns):  # type: ignore[no-untyped-def]
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=exact)
+        to_hidden, to_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if to_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if to_weight else None
         parts = torch.zeros(2, dtype=exact, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            rows = hidden[part]
-            known = None if teacher is None else teacher.rows(part)
-            if isinstance(known, HiddenTeacher):
-                known = DenseTeacher(_product(known.hidden, known.head[: len(weight)].T))
-            elif isinstance(known, MixtureTeacher):
-                known = DenseTeacher(_mixture(known, len(weight)))
-            losses, grad = row_losses(_product(rows, weight.T), labels[part], known, weights)
+        chunks = _Chunks(hidden, weight, teacher, chunk)
+        for part in chunks.parts:
+            logits = chunks.head.logits(hidden[part])
+            losses = chunks.losses(logits, labels[part], chunks.known(part), weights)
             scale = row_weights[part, None].to(exact)
             parts += (losses * scale).sum(0)
-            grad = grad.mul_(scale).to(hidden.dtype)
-            grad_hidden[part] = grad @ weight
-            grad_weight += _product(grad.T, rows)
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            if to_hidden or to_weight:
+                grad = logits.mul_(scale)
+                chunks.head.backward(grad, hidden[part], grad_hidden, part, grad_weight)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(parts)
         return weights.kd * parts[0] + weights.hard * parts[1], parts
 
     @staticmethod
     def backward(ctx, grad_loss, _parts):  # type: ignore[no-untyped-def]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None
+        kept = (one if one is None else one * grad_loss.to(one.dtype) for one in ctx.saved_tensors)
+        return *kept, None, None, None, None, None, None
 
 
 def linear_divergence(
@@ -99,6 +131,6 @@ def linear_divergence(
     if chunk is None:
         chunk = chunk_rows(len(weight), hidden.device.type)
     loss, parts = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, teacher, weights, row_weights, chunk
+        hidden, weight, labels, teacher, weights, row_weights, chunk, torch.is_grad_enabled()
     )
     return loss, parts

@@ -57,10 +57,6 @@ class Divergence:
         return self.temperature**2 if self.t_squared else 1.0
 
 
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left, right)
-
-
 def _mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:
     """log(share p + (1 - share) q)."""
     return torch.logaddexp(log_p + math.log(share_of_p), log_q + math.log1p(-share_of_p))
@@ -68,7 +64,7 @@ def _mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:
 
 def _forward(log_p: Tensor, log_q: Tensor, _: Divergence) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    return _dot(p, log_p - log_q), p.neg_()
+    return (log_p - log_q).mul_(p).sum(-1), p.neg_()
 
 
 def _reverse(log_p: Tensor, log_q: Tensor, _: Divergence) -> tuple[Tensor, Tensor]:
@@ -81,7 +77,7 @@ def _jsd(log_p: Tensor, log_q: Tensor, one: Divergence) -> tuple[Tensor, Tensor]
         return (_reverse if one.beta else _forward)(log_p, log_q, one)
     log_m = _mixture(log_p, log_q, one.beta)
     slope = (log_q - log_m).mul_(log_q.exp()).mul_(1 - one.beta)
-    loss = one.beta * _dot(log_p.exp(), log_p - log_m) + slope.sum(-1)
+    loss = one.beta * (log_p - log_m).mul_(log_p.exp()).sum(-1) + slope.sum(-1)
     over = one.beta * (1 - one.beta) if one.over_beta else 1.0
     return loss / over, slope.div_(over)
 
@@ -90,7 +86,7 @@ def _skew(log_p: Tensor, log_q: Tensor, one: Divergence) -> tuple[Tensor, Tensor
     if one.alpha == 0:
         return _forward(log_p, log_q, one)
     log_m = _mixture(log_p, log_q, one.alpha)
-    loss = _dot(log_p.exp(), log_p - log_m)
+    loss = (log_p - log_m).mul_(log_p.exp()).sum(-1)
     return loss, log_m.neg_().add_(log_p).add_(log_q).exp_().mul_(one.alpha - 1)
 
 
@@ -98,7 +94,7 @@ def _skew_reverse(log_p: Tensor, log_q: Tensor, one: Divergence) -> tuple[Tensor
     if one.alpha == 0:
         return _reverse(log_p, log_q, one)
     q, ratio = log_q.exp(), log_q - _mixture(log_p, log_q, 1 - one.alpha)
-    loss = _dot(q, ratio)
+    loss = (q * ratio).sum(-1)
     return loss, ratio.sub_(ratio.exp(), alpha=one.alpha).mul_(q)
 
 
@@ -119,11 +115,9 @@ _FORMULAS: dict[str, Callable[[Tensor, Tensor, Divergence], tuple[Tensor, Tensor
 
 
 def divergence(log_p: Tensor, log_q: Tensor, one: Divergence) -> tuple[Tensor, Tensor]:
-    """(rows,) values and their gradient (rows, categories) in the student's untempered logits.
+    """(rows,) values and s_i = q_i * dL/dq_i, (rows, categories); neither is scaled by T.
 
-    Both arguments are tempered, normalised and finite (`NEVER` for a category without mass). With s_i = q_i *
-    dL/dq_i, the gradient through the softmax at temperature T is (s_i - q_i * sum(s)) / T.
+    Both arguments are tempered, normalised and finite (`NEVER` for a category without mass). The gradient in
+    the student's untempered logits is (s_i - q_i * sum(s)) / T.
     """
-    loss, slope = _FORMULAS[one.kind](log_p, log_q, one)
-    grad = slope.sub_(log_q.exp().mul_(slope.sum(-1, keepdim=True)))
-    return loss * one.scale, grad.mul_(one.scale / one.temperature)
+    return _FORMULAS[one.kind](log_p, log_q, one)

@@ -60,18 +60,13 @@ def check(teacher: object, weights: LossWeights) -> None:
         )
     if one.temperature != 1.0:
         raise TrainingError(
-            f"loss.temperature {one.temperature} with a sampled teacher: its tokens were drawn at temperature "
-            "1; use 1, or collect top-k logits or hidden states."
+            f"loss.temperature {one.temperature} with a sampled teacher: its tokens were drawn at "
+            "temperature 1; use 1, or collect top-k logits or hidden states."
         )
 
 
-def row_losses(
-    logits: Tensor, labels: Tensor, teacher: Known | None, weights: LossWeights
-) -> tuple[Tensor, Tensor]:
-    """(rows, 2) losses [divergence, cross entropy] and the gradient of their weighted sum in the logits.
-
-    Overwrites `logits`.
-    """
+def row_losses(logits: Tensor, labels: Tensor, teacher: Known | None, weights: LossWeights) -> Tensor:
+    """(rows, 2) losses [divergence, cross entropy]; `logits` becomes the gradient of their weighted sum."""
     if teacher is None or not weights.kd:
         return _hard(logits, labels, weights)
     if isinstance(teacher, SparseTeacher):
@@ -81,29 +76,32 @@ def row_losses(
     return _dense(logits, labels, teacher, weights)
 
 
-def _hard(logits: Tensor, labels: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
+def _hard(logits: Tensor, labels: Tensor, weights: LossWeights) -> Tensor:
     logprobs = torch.log_softmax(logits, -1)
     loss = -logprobs.gather(-1, labels[:, None])
-    grad = torch.exp(logprobs, out=logits).mul_(weights.hard)
-    grad.scatter_add_(-1, labels[:, None], torch.full_like(loss, -weights.hard))
-    return torch.cat([torch.zeros_like(loss), loss], -1), grad
+    torch.exp(logprobs, out=logits).mul_(weights.hard)
+    _at_labels(logits, labels, weights)
+    return torch.cat([torch.zeros_like(loss), loss], -1)
 
 
-def _sampled(
-    logits: Tensor, labels: Tensor, teacher: SampledTeacher, weights: LossWeights
-) -> tuple[Tensor, Tensor]:
+def _at_labels(grad: Tensor, labels: Tensor, weights: LossWeights) -> None:
+    """The cross entropy's gradient beside the softmax."""
+    grad.scatter_add_(-1, labels[:, None], grad.new_full((len(labels), 1), -weights.hard))
+
+
+def _sampled(logits: Tensor, labels: Tensor, teacher: SampledTeacher, weights: LossWeights) -> Tensor:
     """The cross entropy sum(w * -log q) with the draws' weights: unbiased for KL(p || q) plus the teacher's
     entropy (which draws cannot estimate without bias), and its gradient for the KL's."""
     inside = teacher.ids < logits.shape[-1]
     w = torch.where(inside, teacher.logweights.to(logits.dtype), -torch.inf).exp()
-    ids, label = teacher.ids.long() * inside, labels[:, None]
+    ids = teacher.ids.long() * inside
     logprobs = torch.log_softmax(logits, -1)
     kd = -(w * logprobs.gather(-1, ids).clamp_min(NEVER)).sum(-1, keepdim=True)
-    hard = -logprobs.gather(-1, label)
-    grad = torch.exp(logprobs, out=logits).mul_(weights.hard + weights.kd * w.sum(-1, keepdim=True))
-    grad.scatter_add_(-1, ids, -weights.kd * w)
-    grad.scatter_add_(-1, label, torch.full_like(hard, -weights.hard))
-    return torch.cat([kd, hard], -1), grad
+    hard = -logprobs.gather(-1, labels[:, None])
+    torch.exp(logprobs, out=logits).mul_(weights.hard + weights.kd * w.sum(-1, keepdim=True))
+    logits.scatter_add_(-1, ids, -weights.kd * w)
+    _at_labels(logits, labels, weights)
+    return torch.cat([kd, hard], -1)
 
 
 def _categories(teacher: SparseTeacher, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,57 +116,54 @@ def _categories(teacher: SparseTeacher, vocabulary: int, dtype: torch.dtype) -> 
     return torch.cat([known.masked_fill(~used, -torch.inf), tail], -1), used
 
 
-def _sparse(
-    logits: Tensor, labels: Tensor, teacher: SparseTeacher, weights: LossWeights
-) -> tuple[Tensor, Tensor]:
+def _sparse(logits: Tensor, labels: Tensor, teacher: SparseTeacher, weights: LossWeights) -> Tensor:
     """Against k tokens and a tail. Both sides are gathered into the same categories and then tempered, so
     that the pair stays comparable.
 
     Only a few passes touch the whole vocabulary: outside the k tokens the gradient is the softmax times one
     number a row.
     """
-    one, label = weights.divergence, labels[:, None]
+    one = weights.divergence
     categories, used = _categories(teacher, logits.shape[-1], logits.dtype)
     ids = teacher.ids.long() * used
     logits -= logits.amax(-1, keepdim=True)
-    known, at_label = logits.gather(-1, ids).masked_fill_(~used, -torch.inf), logits.gather(-1, label)
+    known, at_label = logits.gather(-1, ids), logits.gather(-1, labels[:, None])
     rest = logits.exp_()
     known_mass = rest.gather(-1, ids) * used
     rest.scatter_add_(-1, ids, -known_mass)
     rest_mass = rest.sum(-1, keepdim=True).clamp_min(1e-30)  # zero when k = V: no tail, no gradient there
     mass = rest_mass + known_mass.sum(-1, keepdim=True)
-    student = torch.cat([known, rest_mass.log()], -1).masked_fill_(torch.isneginf(categories), -torch.inf)
-    log_p = torch.log_softmax(categories / one.temperature, -1).clamp_min_(NEVER)
-    log_q = torch.log_softmax(student / one.temperature, -1).clamp_min_(NEVER)
+    log_p, log_q = _pair(categories, torch.cat([known, rest_mass.log()], -1), one.temperature)
     kd, slope = divergence(log_p, log_q, one)
-    slope = slope * weights.kd
-    grad = rest.mul_(weights.hard / mass + slope[:, -1:] / rest_mass)
-    grad.scatter_add_(-1, ids, slope[:, :-1] * used + weights.hard * known_mass / mass)
-    grad.scatter_add_(-1, label, torch.full_like(at_label, -weights.hard))
-    return torch.stack([kd, (mass.log() - at_label).squeeze(-1)], -1), grad
+    slope = (slope - log_q.exp() * slope.sum(-1, keepdim=True)) * (weights.kd * one.scale / one.temperature)
+    rest.mul_(weights.hard / mass + slope[:, -1:] / rest_mass)
+    rest.scatter_add_(-1, ids, slope[:, :-1] * used + weights.hard * known_mass / mass)
+    _at_labels(rest, labels, weights)
+    return torch.stack([kd * one.scale, (mass.log() - at_label).squeeze(-1)], -1)
 
 
-def _dense(
-    logits: Tensor, labels: Tensor, teacher: DenseTeacher, weights: LossWeights
-) -> tuple[Tensor, Tensor]:
+def _dense(logits: Tensor, labels: Tensor, teacher: DenseTeacher, weights: LossWeights) -> Tensor:
     """Over the common vocabulary; the student's padding gets no gradient from the divergence."""
     one = weights.divergence
     common = min(logits.shape[-1], teacher.logits.shape[-1])
     log_p, log_q = _pair(teacher.logits[:, :common].to(logits.dtype), logits[:, :common], one.temperature)
-    kd, kd_grad = divergence(log_p, log_q, one)
-    losses, grad = _hard(logits, labels, weights)
-    losses[:, 0] = kd
-    grad[:, :common].add_(kd_grad, alpha=weights.kd)
-    return losses, grad
+    kd, slope = divergence(log_p, log_q, one)
+    size = weights.kd * one.scale / one.temperature
+    lost = size * slope.sum(-1, keepdim=True)
+    losses = _hard(logits, labels, weights)
+    logits[:, :common].add_(slope, alpha=size).sub_(log_q.exp_().mul_(lost))
+    losses[:, 0] = kd * one.scale
+    return losses
 
 
 def _pair(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Tempered log-probabilities of both; a token that one side cannot take is taken from the other."""
+    never = torch.isneginf(torch.minimum(teacher, student))
+    if bool(never.any()):
+        teacher, student = (one.masked_fill(never, -torch.inf) for one in (teacher, student))
+        pair = (torch.log_softmax(one / temperature, -1) for one in (teacher, student))
+        log_p, log_q = (one.clamp_min_(NEVER) for one in pair)
+        return log_p, log_q
     if temperature != 1.0:
         teacher, student = teacher / temperature, student / temperature
-    if not bool(torch.isneginf(torch.minimum(teacher.min(), student.min()))):
-        return torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
-    never = torch.isneginf(teacher) | torch.isneginf(student)
-    pair = (torch.log_softmax(one.masked_fill(never, -torch.inf), -1) for one in (teacher, student))
-    log_p, log_q = (one.clamp_min_(NEVER) for one in pair)
-    return log_p, log_q
+    return torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
