@@ -118,6 +118,7 @@ def compare(one: Setting, threads: int, dtype: str, folder: Path) -> tuple[list[
         "checkpointing": False,
         "own_answers": one.own_answers,
         "max_new_tokens": 64,
+        "imports": ["transformers.models.qwen3.modeling_qwen3", "torch._dynamo", "pandas"],
     }
     theirs = [program(PEER, "python"), str(Path(__file__).with_name("peer_trainer.py"))]
     found = {
