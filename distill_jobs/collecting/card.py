@@ -185,9 +185,9 @@ def _sources(config: CollectConfig, window: list[Segment], summary: Mapping[str,
 def _rebuild(config: CollectConfig, notes: Mapping[str, str]) -> str:
     given = json.dumps(config.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False)
     return (
-        "## How to rebuild it\n\nRun `stillhouse distill CONFIG --only collect` with this `collect` section
-        in" " a workdir whose `window.json` names the files above; the same bytes give the same digests (seed"
-        f" {notes['seed']}).\n\n```json\n{given}\n```"
+        "## How to rebuild it\n\nRun `stillhouse distill CONFIG --stage collect` with this `collect` section"
+        " in a workdir whose `window.json` names the files above; the same bytes give the same digests"
+        f" (seed {notes['seed']}).\n\n```json\n{given}\n```"
     )
 
 

@@ -27,15 +27,12 @@ WORDS = [
     "order",
     "parcel",
     "invoice",
-    "broken",
     "late",
     "cancel",
-    "upgrade",
     "物流",
     "状态",
     "passwort",
     "größe",
-    "reset",
     "coupon",
 ]
 
