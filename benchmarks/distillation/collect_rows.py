@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ _POLL_S = 0.2
 I64 = NDArray[np.int64]
 
 
-def run(rows: int = 10_000_000) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """Generate `rows` log rows, collect them over Ray Data, and compare with what must come out."""
+def run(rows: int = 10_000_000, executor: str = "ray") -> tuple[list[dict[str, Any]], list[Bar]]:
+    """Generate `rows` log rows, collect them (over Ray Data), and compare with what must come out."""
     with tempfile.TemporaryDirectory(prefix="collect-") as folder:
         unlike = _unlike_brute_force(Path(folder) / "oracle")
         work = Path(folder) / "scale"
         made = generate(work / "logs", rows)
-        found = _collected(work)
+        found = _collected(work, executor)
     result = {
         "what": "collect",
         "rows": rows,
@@ -155,12 +156,13 @@ def _line(number: int, text: str, base: int) -> str:
 # collecting ----------------------------------------------------------------------------------------
 
 
-def _collected(work: Path) -> dict[str, Any]:
+def _collected(work: Path, executor: str) -> dict[str, Any]:
     """Collect in a process of its own, so that its whole tree can be weighed."""
     command = [sys.executable, "-m", "benchmarks.distillation.collect_rows", "--collect", str(work)]
+    command += ["--executor", executor]
     child = subprocess.Popen(command)
-    peak, done = [0, 0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(child.pid, peak, done), daemon=True)
+    seen, done = Seen(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(child.pid, seen, done), daemon=True)
     watcher.start()
     code = child.wait()
     done.set()
@@ -168,29 +170,44 @@ def _collected(work: Path) -> dict[str, Any]:
     if code:
         raise RuntimeError(f"collect ended with {code}")
     found: dict[str, Any] = json.loads((work / "found.json").read_text())
-    return found | {"peak_gb": round(peak[0] / 1e9, 2), "processes": peak[1]}
+    return found | {
+        "cpu_s": round(sum(seen.cpu_s.values()), 1),
+        "peak_gb": round(seen.peak / 1e9, 2),
+        "processes": seen.processes,
+    }
 
 
-def _watch(pid: int, peak: list[int], done: threading.Event) -> None:
-    """The largest sum of resident memory over the process and all its descendants (shared pages count once a
-    process, so the sum is an upper bound).
-    """
+@dataclass
+class Seen:
+    """What was seen of a process and all its descendants."""
+
+    peak: int = 0
+    """Largest sum of resident memory, bytes; shared pages count once a process, so it is an upper bound."""
+    processes: int = 0
+    """How many there were then."""
+    cpu_s: dict[int, float] = field(default_factory=dict)
+    """Processor seconds by process: what the work costs on a machine that others use too."""
+
+
+def _watch(pid: int, seen: Seen, done: threading.Event) -> None:
     root = psutil.Process(pid)
     while not done.wait(_POLL_S):
         total = count = 0
         try:
             for process in [root, *root.children(recursive=True)]:
+                times = process.cpu_times()
+                seen.cpu_s[process.pid] = times.user + times.system
                 total += process.memory_info().rss
                 count += 1
         except psutil.Error:
             continue
-        if total > peak[0]:
-            peak[:] = [total, count]
+        if total > seen.peak:
+            seen.peak, seen.processes = total, count
 
 
-def _collect(work: Path) -> None:
+def _collect(work: Path, executor: Any) -> None:
     started, steps = time.monotonic(), _Steps()
-    config = CollectConfig(log_dir=work / "logs", executor="ray", near_duplicates=THRESHOLD)
+    config = CollectConfig(log_dir=work / "logs", executor=executor, near_duplicates=THRESHOLD)
     window = pin_window(config.log_dir, work / "window.json")
     folder = work / "collect"
     folder.mkdir()
@@ -270,12 +287,13 @@ def main() -> None:
     """Run alone: `python -m benchmarks.distillation.collect_rows --rows 1000000`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--collect", type=Path)
+    parser.add_argument("--executor", choices=("ray", "local"), default="ray")
+    parser.add_argument("--collect", type=Path, help="what a run starts as a process of its own")
     told = parser.parse_args()
     if told.collect is not None:
-        _collect(told.collect)
+        _collect(told.collect, told.executor)
         return
-    rows, bars = run(told.rows)
+    rows, bars = run(told.rows, told.executor)
     print(json.dumps(rows, indent=1))
     for bar in bars:
         print(f"{'ok  ' if bar.ok else 'MISS'} {bar.what}: {bar.value:g} ({bar.bar})")
