@@ -173,7 +173,7 @@ def _collected(work: Path, executor: str) -> dict[str, Any]:
     return found | {
         "cpu_s": round(sum(seen.cpu_s.values()), 1),
         "peak_gb": round(seen.peak / 1e9, 2),
-        "processes": seen.processes,
+        "at_peak": seen.at_peak,
     }
 
 
@@ -183,8 +183,8 @@ class Seen:
 
     peak: int = 0
     """Largest sum of resident memory, bytes; shared pages count once a process, so it is an upper bound."""
-    processes: int = 0
-    """How many there were then."""
+    at_peak: list[tuple[str, float]] = field(default_factory=list)
+    """(name, GB) of the processes then, largest first."""
     cpu_s: dict[int, float] = field(default_factory=dict)
     """Processor seconds by process: what the work costs on a machine that others use too."""
 
@@ -192,17 +192,18 @@ class Seen:
 def _watch(pid: int, seen: Seen, done: threading.Event) -> None:
     root = psutil.Process(pid)
     while not done.wait(_POLL_S):
-        total = count = 0
+        held: list[tuple[str, int]] = []
         try:
             for process in [root, *root.children(recursive=True)]:
                 times = process.cpu_times()
                 seen.cpu_s[process.pid] = times.user + times.system
-                total += process.memory_info().rss
-                count += 1
+                held.append((process.name()[:24], process.memory_info().rss))
         except psutil.Error:
             continue
+        total = sum(size for _, size in held)
         if total > seen.peak:
-            seen.peak, seen.processes = total, count
+            seen.peak = total
+            seen.at_peak = sorted(((n, round(s / 1e9, 2)) for n, s in held), key=lambda h: -h[1])
 
 
 def _collect(work: Path, executor: Any) -> None:

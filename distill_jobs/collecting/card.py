@@ -117,15 +117,20 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _classes(notes: Mapping[str, str], summary: Mapping[str, Any]) -> str:
     if "classes_before" not in notes:
         return ""
-    before, after = json.loads(notes["classes_before"]), summary["by"].get("class", {})
+    by = summary["by"]
+    before, after, weights = (
+        json.loads(notes["classes_before"]),
+        by.get("class", {}),
+        by.get("class_weight", {}),
+    )
     names = sorted(set(before) | set(after), key=lambda n: (-before.get(n, 0), n))
     rows = [
-        (f"`{n}`", f"{before.get(n, 0):,}", _share(before, n), f"{after.get(n, 0):,}", _share(after, n))
+        (f"`{n}`", f"{before.get(n, 0):,}", _share(before, n), f"{after.get(n, 0):,}", _share(weights, n))
         for n in names[:_SHOWN]
     ]
     more = f"\n\n… and {len(names) - _SHOWN} more." if len(names) > _SHOWN else ""
-    heads = ("class", "training before", "share", "written (all sides)", "share")
-    return "## Classes\n\n" + _table(heads, rows) + more
+    heads = ("class", "before balance", "share", "written", "weighted share")
+    return "## Classes of the training samples\n\n" + _table(heads, rows) + more
 
 
 def _share(counts: Mapping[str, int], name: str) -> str:
@@ -149,8 +154,9 @@ def _prompts(config: CollectConfig, notes: Mapping[str, str]) -> str:
     parts = []
     constant = json.loads(notes.get("constant_prompts", "{}"))
     for route, texts in constant.items():
+        where = f"on route `{route}`" if route else "of rows without a route"
         for of, text in texts.items():
-            parts.append(f"Taken out of the students' {of} message on route `{route}`:\n\n{_quoted(text)}")
+            parts.append(f"Taken out of the students' {of} message {where}:\n\n{_quoted(text)}")
     if "difficulty" in notes:
         hard = json.loads(notes["difficulty"])
         edges = ", ".join(f"{e:.3g}" for e in hard["edges"])

@@ -88,11 +88,16 @@ class _Shard:
                 self._small(numbers, chosen, int(size))
 
     def _load(self, name: str, band: int | None = None) -> Any:
-        arrays = []
-        for number in range(len(self._task["counts"])):
+        """An array of all partitions, filled one by one: together they would be in memory twice."""
+        made, at = None, 0
+        for number, count in enumerate(self._task["counts"]):
             file = self._folder / f"{number:04d}.{name}.npy"
-            arrays.append(np.load(file) if band is None else _row_of(file, band))
-        return np.concatenate(arrays)
+            part = np.load(file) if band is None else _row_of(file, band)
+            if made is None:
+                made = np.empty((sum(self._task["counts"]), *part.shape[1:]), part.dtype)
+            made[at : at + count] = part
+            at += count
+        return made
 
     def _keys(self) -> tuple[I64, U64]:
         """(samples, keys) of this band that fall to this shard; of equal texts only the first takes part."""

@@ -39,8 +39,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-PARTITION_BYTES = 64 << 20
-"""Log bytes in one partition; a worker holds two or three times as much."""
+PARTITION_BYTES = 32 << 20
+"""Log bytes in one partition; a worker holds some five times as much."""
 MOST_PARTITIONS = 4096
 _BLOCK_ROWS = 16_384
 _OPTIONS = ipc.IpcWriteOptions(compression="lz4")
@@ -163,6 +163,7 @@ def done(task: dict[str, Any]) -> dict[str, Any] | None:
 def finish(task: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Write a task's report, its last act."""
     file = Path(task["report"])
+    pa.default_memory_pool().release_unused()  # a worker lives on, and its neighbours need the memory
     tmp = file.with_suffix(f".{os.getpid()}.tmp")
     tmp.write_text(json.dumps(report), encoding="utf-8")
     tmp.replace(file)

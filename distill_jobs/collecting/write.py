@@ -143,10 +143,11 @@ class Told:
         self.counts[side] += len(table)
         if not len(table):
             return
-        for column in ("route", "source", "upstream", "class"):
-            if column in table.schema.names:
-                found = table[column].value_counts().to_pylist()
-                self._count(column, {str(f["values"]): f["counts"] for f in found})
+        for column in ("route", "source"):
+            found = table[column].value_counts().to_pylist()
+            self._count(column, {str(f["values"]): f["counts"] for f in found})
+        if side == "train" and "class" in table.schema.names:
+            self._classes(table)
         self._lengths("request_chars", table["text"])
         self._lengths("answer_chars", table["answer"])
         times = table["ts"].to_numpy()
@@ -157,6 +158,13 @@ class Told:
             wanted = table.select(["sample_digest", "messages", "answer", "source"]).slice(0, _EXAMPLES)
             self._examples += wanted.to_pylist()
 
+    def _classes(self, table: pa.Table) -> None:
+        weights = table["weight"] if "weight" in table.schema.names else pa.array(np.ones(len(table)))
+        by = pa.table({"class": table["class"], "weight": weights}).group_by("class")
+        for row in by.aggregate([("weight", "count"), ("weight", "sum")]).to_pylist():
+            self._count("class", {str(row["class"]): row["weight_count"]})
+            self._count("class_weight", {str(row["class"]): row["weight_sum"]})
+
     def _lengths(self, name: str, texts: pa.ChunkedArray) -> None:
         import pyarrow.compute as pc
 
@@ -166,7 +174,7 @@ class Told:
             name, {str(1 << p): int(c) for p, c in zip(powers.tolist(), counts.tolist(), strict=True)}
         )
 
-    def _count(self, name: str, found: dict[str, int]) -> None:
+    def _count(self, name: str, found: dict[str, Any]) -> None:
         self._by.setdefault(name, Counter()).update(found)
 
     def report(self) -> dict[str, Any]:
