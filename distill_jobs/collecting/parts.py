@@ -2,8 +2,8 @@
 worked on alone.
 
 A segment's samples are one Arrow IPC file in which batch k*P + p holds partition p of the k-th block; writing
-them there at once spares a shuffle (docs/LOG.md has both measured). Partitions are ranges of the digest, so
-their order is the digests' order. Knows nothing about what a sample means.
+them there at once spares a shuffle: no row passes through the object store. Partitions are ranges of the
+digest, so their order is the digests' order. Knows nothing about what a sample means.
 """
 
 from __future__ import annotations
