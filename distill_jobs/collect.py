@@ -143,7 +143,7 @@ class _Job:
 
     def _summarise(self, held_out: list[Path]) -> dict[str, Any]:
         self._unique.mkdir(exist_ok=True)
-        counts = Counter(dict.fromkeys(_ALWAYS, 0))
+        counts = Counter(dict.fromkeys((*_ALWAYS, *SPLITS), 0))
         reports = self._make_unique(held_out)
         sizes = [report["rows"] for report in reports]
         for report in reports:
