@@ -1,40 +1,46 @@
-"""collect: request-log segments and users' feedback in, disjoint parquet files of samples out (train,
-calibration, validation).
+"""collect: request-log segments, users' feedback and other files in, disjoint folders of samples out (train,
+calibration, validation), with a card that a person can read.
 
-Unit of work: a segment. Ray Data maps the segments; duplicates and the split are decided over all of them.
-Knows nothing about tokens or the teacher's weights.
+Five steps over Ray Data (or in this process), each leaving files: segments to samples partitioned by digest;
+each partition without its duplicates; near-duplicates over all; the choice; the parts. Rows are never all in
+memory, some 50 bytes of each are. Knows nothing about tokens or the teacher's weights.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
+from contracts.config import write_atomic
 from contracts.errors import ConfigError, DataError
-from distill_jobs.collecting.dedupe import Sample, clusters, drop_exact, drop_resembling
+from distill_jobs.collecting import near
+from distill_jobs.collecting.card import write_card
+from distill_jobs.collecting.choose import Choice, balance, best_share, bin_edges, choose
+from distill_jobs.collecting.difficulty import measure, rarity_of
+from distill_jobs.collecting.executor import Mapper, Task, Work, executor
 from distill_jobs.collecting.judgements import read_judgements, write_judged
-from distill_jobs.collecting.rows import SCHEMA, conversation, normalise, parse_segment, request_text
-from distill_jobs.collecting.split import split
+from distill_jobs.collecting.parts import partition_count, save_array
+from distill_jobs.collecting.pruning import constant_texts
+from distill_jobs.collecting.rows import conversation, normalise, parse_segment, request_text
+from distill_jobs.collecting.split import SPLITS
+from distill_jobs.collecting.unique import make_unique
 from distill_jobs.collecting.window import Segment
+from distill_jobs.collecting.write import write_partition
 from distill_jobs.config import CollectConfig
 from distill_jobs.keys import output_file
 from distill_jobs.progress import Progress
-from distill_jobs.ray_session import ray_session
 from distill_jobs.stage import Result
 
-OUT_SCHEMA = pa.schema([f for f in SCHEMA if f.name != "signature"])
-
-_JUDGED = "judged.json"
-
-Mapper = Callable[[list[dict[str, Any]]], Iterator[dict[str, Any]]]
+_SUMMARY = "summary.json"
+_ALWAYS = ("exact_duplicate", "held_out", "near_duplicate", "over_max_rows")
+"""Counted even when nothing was dropped."""
 
 
 def run(
@@ -46,66 +52,261 @@ def run(
     ray_address: str = "auto",
 ) -> Result:
     """Collect the window's samples into `folder`. Raises: DataError when too few are left."""
-    segments = [s for s in window if not s.is_feedback]
-    mapper: Mapper = _map_local if config.executor == "local" else partial(_map_ray, ray_address)
-    counts: Counter[str] = Counter(segments=len(segments), torn_tail=sum(s.torn for s in segments))
-    judged = read_judgements(config.log_dir, (s for s in window if s.is_feedback), counts)
-    write_judged(folder / _JUDGED, judged)
-    tasks = [_task(config, segment, folder) for segment in segments]
-    malformed: dict[str, list[int]] = {}
-    for done, report in enumerate(_finished_first(tasks, mapper), start=1):
-        counts.update(report["counts"])
-        if report["malformed_lines"]:
-            malformed[report["name"]] = report["malformed_lines"]
-        progress.update(done, len(tasks), "segments")
-    samples = [row for task in tasks for row in pq.read_table(task["out"]).to_pylist()]
-    sides = _decide(config, samples, held_out, counts)
-    outputs = {}
-    for name, rows in sides.items():
-        path = folder / f"{name}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=OUT_SCHEMA), path)
-        outputs[name] = output_file(path, rows=len(rows))
-        counts[name] = len(rows)
+    started = time.monotonic()
+    with executor(config.executor, ray_address) as mapper:
+        job = _Job(config, window, folder, progress, mapper)
+        job.parse()
+        summary = job.summary([*config.holdout, *held_out])
+    counts = dict(job.counts) | summary["counts"]
     if counts["train"] < config.min_rows:
         raise DataError(
             f"Only {counts['train']} samples are left to train on; collect.min_rows is {config.min_rows}."
-            f" Counts: {dict(counts)}. Log more traffic, or relax the filters."
+            f" Counts: {counts}. Log more traffic, or relax the filters."
         )
-    notes = {
-        "segments": json.dumps({s.name: s.digest for s in window}),
-        "malformed_lines": json.dumps(malformed),
-    }
-    times = [s["ts"] for rows in sides.values() for s in rows]
-    return Result(outputs, dict(counts), {"log_from": min(times), "log_to": max(times)}, notes)
+    outputs = {name: output_file(folder / name, rows=counts[name]) for name in SPLITS}
+    notes = job.notes | summary["notes"]
+    write_card(folder / "CARD.md", config, window, counts, notes, summary, outputs)
+    first, last = summary["times"] or (None, None)
+    speed = round(counts["read"] / (time.monotonic() - started), 1)
+    return Result(outputs, counts, {"log_from": first, "log_to": last, "rows_per_s": speed}, notes)
 
 
-def _task(config: CollectConfig, segment: Segment, folder: Path) -> dict[str, Any]:
-    return {
-        "segment": segment.model_dump(),
-        "log_dir": str(config.log_dir.resolve()) if isinstance(config.log_dir, Path) else config.log_dir,
-        "judged": str((folder / _JUDGED).resolve()),
-        "out": str((folder / "segments" / f"{segment.digest[:24]}.parquet").resolve()),
-        "config": config.model_dump(mode="json"),
-    }
+@dataclass
+class _Decided:
+    """What the choice settled, for those who write the parts."""
+
+    constant: dict[str, dict[str, str]] | None
+    hard: int
+    edges: list[float]
+    notes: dict[str, str]
 
 
-def _decide(
-    config: CollectConfig, samples: list[Sample], held_out: list[Path], counts: Counter[str]
-) -> dict[str, list[Sample]]:
-    """Duplicates and held-out requests dropped and counted, the rest split."""
-    unique = drop_exact(samples)
-    counts["exact_duplicate"] = len(samples) - len(unique)
-    texts = [text for path in [*config.holdout, *held_out] for text in held_out_texts(path)]
-    free = drop_resembling(unique, texts, config.near_duplicates)
-    counts["held_out"] = len(unique) - len(free)
-    groups = [g[: config.keep_per_cluster] for g in clusters(free, config.near_duplicates)]
-    counts["near_duplicate"] = len(free) - sum(len(g) for g in groups)
-    if config.max_rows is not None:
-        groups = groups[: config.max_rows]
-    sides = split(groups, config.calibration, config.validation)
-    counts["samples"] = sum(len(rows) for rows in sides.values())
-    counts["over_max_rows"] = len(free) - counts["near_duplicate"] - counts["samples"]
-    return sides
+class _Job:
+    """The steps of one collect, each going on from the files that an interrupted run left."""
+
+    def __init__(
+        self, config: CollectConfig, window: list[Segment], folder: Path, progress: Progress, mapper: Mapper
+    ) -> None:
+        self._config, self._window, self._folder = config, window, folder
+        self._progress, self._mapper = progress, mapper
+        self._settings = config.model_dump(mode="json")
+        self._segments = [s for s in window if not s.is_feedback]
+        self._partitions = partition_count(sum(s.bytes for s in self._segments))
+        self._unique = folder / "unique"
+        self._parts = [
+            self._path("segments", f"{s.digest[:24]}-{n}.arrow") for n, s in enumerate(self._segments)
+        ]
+        self.counts: Counter[str] = Counter(
+            segments=len(self._segments), torn_tail=sum(s.torn for s in self._segments)
+        )
+        self.notes: dict[str, str] = {}
+        for left in folder.rglob("*.tmp"):  # of a run that was killed; one job holds a workdir
+            left.unlink()
+
+    def parse(self) -> None:
+        """Segments to samples; `counts` and `notes` then hold what was read and refused."""
+        config, judged = self._config, self._path("judged.json")
+        log_dir = "" if config.log_dir is None else config.log_dir
+        feedback = (s for s in self._window if s.is_feedback)
+        write_judged(Path(judged), read_judgements(log_dir, feedback, self.counts))
+        tasks = [
+            {
+                "segment": segment.model_dump(),
+                "log_dir": str(log_dir.resolve()) if isinstance(log_dir, Path) else log_dir,
+                "judged": judged,
+                "out": out,
+                "report": str(Path(out).with_suffix(".json")),
+                "partitions": self._partitions,
+                "config": self._settings,
+            }
+            for segment, out in zip(self._segments, self._parts, strict=True)
+        ]
+        malformed: dict[str, list[int]] = {}
+        for report in self._each(parse_segment, tasks, "segments"):
+            self.counts.update(report["counts"])
+            if report["malformed_lines"]:
+                malformed[report["name"]] = report["malformed_lines"]
+        self.notes = {
+            "segments": json.dumps({s.name: s.digest for s in self._window}),
+            "malformed_lines": json.dumps(malformed),
+            "seed": str(config.seed),
+        }
+
+    def summary(self, held_out: list[Path]) -> dict[str, Any]:
+        """Everything after parsing, done once: counts, notes, and what the card tells of the samples."""
+        file = self._folder / _SUMMARY
+        if not file.is_file():
+            write_atomic(file, json.dumps(self._summarise(held_out)))
+        shutil.rmtree(self._unique, ignore_errors=True)
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def _summarise(self, held_out: list[Path]) -> dict[str, Any]:
+        self._unique.mkdir(exist_ok=True)
+        counts = Counter(dict.fromkeys((*_ALWAYS, *SPLITS), 0))
+        reports = self._make_unique(held_out)
+        sizes = [report["rows"] for report in reports]
+        for report in reports:
+            counts.update(report["counts"])
+        for part in self._parts:
+            Path(part).unlink(missing_ok=True)
+        roots = self._clusters(sizes, counts)
+        decided = self._decide(reports, roots, counts)
+        told = self._write(decided)
+        for report in told:
+            counts.update(report["counts"])
+        counts["samples"] = sum(counts[name] for name in SPLITS)
+        by: dict[str, Counter[str]] = {}
+        for report in told:
+            for name, found in report["by"].items():
+                by.setdefault(name, Counter()).update(found)
+        times = [t for report in told if report["times"] for t in report["times"]]
+        return {
+            "counts": counts,
+            "notes": decided.notes,
+            "by": by,
+            "times": [min(times), max(times)] if times else None,
+            "examples": [e for report in told for e in report["examples"]][:3],
+        }
+
+    def _make_unique(self, held_out: list[Path]) -> list[Task]:
+        texts = sorted({text for path in held_out for text in held_out_texts(path)})
+        file = self._path("held_out.json")
+        write_atomic(Path(file), json.dumps(texts))
+        tasks = [
+            {
+                "parts": self._parts,
+                "partition": number,
+                "partitions": self._partitions,
+                "folder": str(self._unique.resolve()),
+                "report": self._path("unique", f"{number:04d}.json"),
+                "held_out": file,
+                "threshold": self._config.near_duplicates,
+                "config": self._settings,
+            }
+            for number in range(self._partitions)
+        ]
+        list(self._each(make_unique, tasks, "partitions"))
+        return [json.loads(Path(task["report"]).read_text(encoding="utf-8")) for task in tasks]
+
+    def _clusters(self, sizes: list[int], counts: Counter[str]) -> Any:
+        threshold = self._config.near_duplicates
+        if threshold is None or not sum(sizes):
+            return np.arange(sum(sizes), dtype=np.int32)
+        roots, unchecked = near.clusters(
+            self._unique, sizes, threshold, self._mapper, lambda n, of: self._progress.update(n, of, "rounds")
+        )
+        counts["near_unchecked_pairs"] = unchecked
+        return roots
+
+    def _decide(self, reports: list[Task], roots: Any, counts: Counter[str]) -> _Decided:
+        config, notes = self._config, {}
+        alive = np.ones(len(roots), bool)
+        if config.rank is not None:
+            alive = best_share(self._column("score"), config.rank.keep, config.rank.unscored)
+            counts["low_score"] = int((~alive).sum())
+        sides = self._column("side")
+        choice = choose(roots, sides, alive, config.keep_per_cluster, config.max_rows, counts)
+        if config.balance is not None:
+            notes["classes_before"] = self._balance(choice, reports, counts)
+        hard, edges = self._difficulty(choice, notes)
+        constant = None
+        if config.prune is not None:
+            files = (self._unique / f"{n:04d}.heads.json" for n in range(self._partitions))
+            heads = (head for file in files for head in json.loads(file.read_text(encoding="utf-8")))
+            constant = constant_texts(heads, self._settings["prune"])
+            notes["constant_prompts"] = json.dumps(constant, ensure_ascii=False)
+        at = 0
+        for number, report in enumerate(reports):
+            rows = slice(at, at := at + report["rows"])
+            self._save(number, "copies", choice.copies[rows])
+            self._save(number, "chosen", choice.side[rows])
+            if choice.weight is not None:
+                self._save(number, "weight", choice.weight[rows])
+        return _Decided(constant, hard, edges, notes)
+
+    def _balance(self, choice: Choice, reports: list[Task], counts: Counter[str]) -> str:
+        """Balance the classes; returns how many training samples of each there were before, as JSON."""
+        names = sorted({name for report in reports for name in report["classes"]})
+        code = {name: n for n, name in enumerate(names)}
+        coded = []
+        for number, report in enumerate(reports):
+            own = np.load(self._unique / f"{number:04d}.class.npy")
+            to = np.array([*(code[name] for name in report["classes"]), -1], np.int32)
+            coded.append(to[own])
+        classes = np.concatenate(coded)
+        training = classes[(choice.copies > 0) & (choice.side == 0)]
+        before = Counter(names[c] if c >= 0 else "None" for c in training.tolist())
+        balance(choice, classes, names, self._column("draw"), self._settings["balance"], counts)
+        return json.dumps(before, ensure_ascii=False)
+
+    def _difficulty(self, choice: Choice, notes: dict[str, str]) -> tuple[int, list[float]]:
+        """Measure it; returns which measure (0 text, 1 log-probability) and the bins' inner edges."""
+        config = self._config.difficulty
+        if config is None:
+            return 0, []
+        numbers = range(self._partitions)
+        seen = sum(np.load(self._unique / f"{n:04d}.shingles.npy") for n in numbers)
+        rarity = self._unique / "rarity.npy"
+        save_array(rarity, rarity_of(np.asarray(seen)))
+        tasks = [
+            {
+                "folder": str(self._unique.resolve()),
+                "partition": number,
+                "rarity": str(rarity.resolve()),
+                "report": self._path("unique", f"{number:04d}.hard.json"),
+            }
+            for number in numbers
+        ]
+        list(self._each(measure, tasks, "partitions"))
+        hard = np.concatenate([np.load(self._unique / f"{n:04d}.hard.npy") for n in numbers], axis=1)
+        hard = hard[:, choice.copies > 0]
+        known = not np.isnan(hard[1]).any() and hard.size > 0
+        if config.measure == "logprob" and not known:
+            missing = int(np.isnan(hard[1]).sum())
+            raise DataError(
+                f"collect.difficulty.measure is logprob, but {missing} of {hard.shape[1]} samples were logged"
+                " without `logprobs`. Use text, or auto."
+            )
+        which = int(known and config.measure != "text")
+        edges = bin_edges(hard[which], config.bins)
+        notes["difficulty"] = json.dumps({"measure": ("text", "logprob")[which], "edges": edges})
+        return which, edges
+
+    def _write(self, decided: _Decided) -> list[Task]:
+        tasks = [
+            {
+                "folder": str(self._unique.resolve()),
+                "partition": number,
+                "out": str(self._folder.resolve()),
+                "report": self._path("unique", f"{number:04d}.written.json"),
+                "config": self._settings,
+                "constant": decided.constant,
+                "hard": decided.hard,
+                "edges": decided.edges,
+            }
+            for number in range(self._partitions)
+        ]
+        list(self._each(write_partition, tasks, "parts"))
+        return [json.loads(Path(task["report"]).read_text(encoding="utf-8")) for task in tasks]
+
+    # files -----------------------------------------------------------------------------------------
+
+    def _each(self, work: Work, tasks: list[Task], unit: str) -> Any:
+        for done, report in enumerate(self._mapper(work, tasks), start=1):
+            yield report
+            self._progress.update(done, len(tasks), unit)
+
+    def _path(self, *names: str) -> str:
+        return str(self._folder.joinpath(*names).resolve())
+
+    def _column(self, name: str) -> Any:
+        return np.concatenate(
+            [np.load(self._unique / f"{n:04d}.{name}.npy") for n in range(self._partitions)]
+        )
+
+    def _save(self, number: int, name: str, values: Any) -> None:
+        save_array(self._unique / f"{number:04d}.{name}.npy", values)
 
 
 def held_out_texts(path: Path) -> list[str]:
@@ -129,44 +330,3 @@ def _held_out_text(line: str, path: Path) -> str:
     if messages is None:
         raise ConfigError(f"{path}: a request has no text messages: {line[:80]}")
     return request_text(messages)
-
-
-def _finished_first(tasks: list[dict[str, Any]], mapper: Mapper) -> Iterator[dict[str, Any]]:
-    """Reports of all segments; those that an earlier run finished never reach a worker."""
-    todo = []
-    for task in tasks:
-        if Path(task["out"]).with_suffix(".json").is_file():
-            yield parse_segment(task)
-        else:
-            todo.append(task)
-    if todo:
-        yield from mapper(todo)
-
-
-def _map_local(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for task in tasks:
-        yield parse_segment(task)
-
-
-def _map_ray(address: str, tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same through Ray Data; rows stay in the segments' files, only reports travel."""
-    with ray_session(address):
-        import ray.data
-        import ray.exceptions
-
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        # As JSON: Arrow would unify the nested configurations and counts of different segments.
-        items = ray.data.from_items([{"task": json.dumps(t)} for t in tasks], override_num_blocks=len(tasks))
-        reports = items.map(_parse_json_task, num_cpus=0.5)
-        try:
-            for row in reports.iter_rows():
-                yield json.loads(row["report"])
-        except ray.exceptions.RayError as err:
-            what = str(err).strip().splitlines()
-            raise DataError("A log segment could not be collected:\n" + "\n".join(what[-8:])) from err
-
-
-def _parse_json_task(row: dict[str, Any]) -> dict[str, Any]:
-    return {"report": json.dumps(parse_segment(json.loads(row["task"])))}

@@ -13,6 +13,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from contracts.config import StrictConfig
 from contracts.gates import Gate
+from distill_jobs.collecting.settings import (
+    BalanceConfig,
+    DifficultyConfig,
+    PruneConfig,
+    RankConfig,
+    RedactConfig,
+    RulesConfig,
+    SourceConfig,
+)
 from distill_jobs.collecting.window import place
 from distill_jobs.training.config import TrainConfig
 
@@ -28,12 +37,31 @@ class CollectConfig(Section):
 
     OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"executor", "log_dir"})
 
-    log_dir: Annotated[Path | str, BeforeValidator(lambda v: place(v) if isinstance(v, str) else v)]
+    log_dir: Annotated[
+        Path | str | None, BeforeValidator(lambda v: place(v) if isinstance(v, str) else v)
+    ] = None
     """Folder of request-log segments (*.jsonl, and *.open.jsonl that is still being written), or the fsspec
-    URL that routers upload them to, e.g. s3://bucket/prefix."""
+    URL that routers upload them to, e.g. s3://bucket/prefix; None where only `sources` are read."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Files of requests, with or without answers, beside the log."""
+    licence: str = "own traffic"
+    """Licence of the logged rows, for the card."""
     executor: Literal["ray", "local"] = "ray"
-    """ray: segments are mapped by Ray Data, on the running cluster when there is one. local: in this process.
+    """ray: every step is mapped by Ray Data, on the running cluster if there is one. local: in this process.
     """
+    seed: int = 0
+    """Draws which samples of a class are dropped or repeated. Everything else goes by digest."""
+    redact: RedactConfig | None = None
+    """Take personal data out of requests and answers; None: texts are taken as they were logged."""
+    rules: RulesConfig = Field(default_factory=RulesConfig)
+    rank: RankConfig | None = None
+    """Keep the best by a grader's or judge's score; None ranks nothing."""
+    prune: PruneConfig | None = None
+    """Take constant prompt text out of the students' inputs (column `student_messages`)."""
+    balance: BalanceConfig | None = None
+    """Bring classes to a target distribution (column `class`)."""
+    difficulty: DifficultyConfig | None = None
+    """Measure difficulty (columns `difficulty` and `bin`)."""
     route: str | None = None
     """Only requests to this route; None takes all."""
     upstreams: tuple[str, ...] = ()
@@ -56,7 +84,7 @@ class CollectConfig(Section):
     max_chars: int = Field(default=32_000, ge=1)
     """Longest request plus answer, in characters."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Keep at most so many samples (a deterministic choice, by digest)."""
+    """Keep at most so many samples (a deterministic choice, by digest; clusters stay whole)."""
     near_duplicates: float | None = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of character 5-grams from which two requests are near-duplicates; None keeps all."""
     keep_per_cluster: int = Field(default=1, ge=1)
@@ -72,6 +100,10 @@ class CollectConfig(Section):
 
     @model_validator(mode="after")
     def _something_left(self) -> CollectConfig:
+        if self.log_dir is None and not self.sources:
+            raise ValueError("log_dir: give the request log's folder, or sources")
+        if len({s.name for s in self.sources} | {"log"}) <= len(self.sources):
+            raise ValueError("sources: each needs a name of its own, other than 'log'")
         if self.validation + self.calibration >= 1:
             raise ValueError("validation + calibration leave nothing to train on; their sum must be below 1")
         return self

@@ -137,7 +137,7 @@ def pin_inputs(config: DistillConfig) -> Inputs:
     """The job's inputs; the log window and generated evaluation requests are written to the workdir once."""
     dataset, dataset_digest = pin_dataset(config.evaluate, config.workdir)
     teacher = model_folder(config.teacher)
-    window = pin_window(config.collect.log_dir, config.workdir / "window.json")
+    window = pin_window(config.collect.log_dir, config.workdir / "window.json", config.collect.sources)
     return Inputs(window, dataset, dataset_digest, teacher, model_digest(config.teacher))
 
 

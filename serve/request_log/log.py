@@ -20,12 +20,12 @@ from typing import Any, Protocol
 
 import orjson
 
+from contracts.detectors import BUILT_IN
+from contracts.redaction import Redactor
 from contracts.traffic import LogMode, Outcome, RequestRow
 from serve.grading.graders import NamedGrader
 from serve.grading.sampling import sampled
-from serve.request_log.detectors import BUILT_IN
 from serve.request_log.policy import metadata_only
-from serve.request_log.redact import Redactor
 from serve.request_log.segments import SegmentWriter
 
 _log = logging.getLogger("stillhouse.request_log")

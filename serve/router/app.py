@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+from contracts.detectors import BUILT_IN, load_detectors
 from contracts.errors import ConfigError
 from contracts.keys import ApiKey
+from contracts.redaction import Redactor
 from serve.grading.graders import single_graders
 from serve.grading.judge import evidence_names
 from serve.request_log import Keeper, RequestLog, SegmentWriter, recover
-from serve.request_log.detectors import BUILT_IN, load_detectors
 from serve.request_log.erase import settle
-from serve.request_log.redact import Redactor
 from serve.request_log.remote import Remote
 from serve.router.accounts import Accounts
 from serve.router.answers import AnswerJudging

@@ -10,9 +10,9 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from contracts.config import StrictConfig
+from contracts.detectors import BUILT_IN
 from contracts.grading import GraderSet
 from contracts.traffic import Upstream
-from serve.request_log.detectors import BUILT_IN
 
 _DETECTOR = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 

@@ -22,9 +22,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from contracts.errors import ConflictError, StateError
 from contracts.feedback import Feedback, FeedbackRow
 from contracts.metrics import FEEDBACK as BY_USERS
+from contracts.redaction import Redactor
 from contracts.traffic import LogMode, Reason
 from serve.request_log import SegmentWriter
-from serve.request_log.redact import Redactor
 from serve.router.config import RouterConfig
 from serve.router.errors import RequestRefused, error_body
 from serve.router.guard import Receive

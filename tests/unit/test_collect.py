@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from contracts.errors import ConfigError, DataError
 from contracts.traffic import RequestRow
 from distill_jobs.collect import run
-from distill_jobs.collecting.dedupe import clusters, drop_exact
+from distill_jobs.collecting.parts import SCHEMA
 from distill_jobs.collecting.rows import conversation, normalise, refusal, to_sample
 from distill_jobs.collecting.shingles import jaccard, shingles
 from distill_jobs.collecting.split import side
+from distill_jobs.collecting.unique import drop_exact
 from distill_jobs.collecting.window import pin_window, read_segment
 from distill_jobs.config import CollectConfig
 from distill_jobs.progress import Progress
@@ -139,11 +141,17 @@ def test_the_latest_answer_of_equal_requests_stays() -> None:
         {"sample_digest": "d", "answer": "old", "ts": 1.0, "request_id": "a", "corrected": False},
         {"sample_digest": "d", "answer": "new", "ts": 2.0, "request_id": "b", "corrected": False},
         {"sample_digest": "d", "answer": None, "ts": 3.0, "request_id": "c", "corrected": False},
+        {"sample_digest": "c", "answer": None, "ts": 3.0, "request_id": "d", "corrected": False},
     ]
-    assert [s["answer"] for s in drop_exact(samples)] == ["new"]
+
+    def answers(rows: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+        left = drop_exact(pa.Table.from_pylist(rows, schema=SCHEMA)).to_pylist()
+        return [(s["sample_digest"], s["answer"]) for s in left]
+
+    assert answers(samples) == answers(samples[::-1]) == [("c", None), ("d", "new")]
     samples[0]["corrected"] = True
-    assert [s["answer"] for s in drop_exact(samples)] == ["old"]
-    assert drop_exact(samples[::-1]) == drop_exact(samples)
+    assert answers(samples) == answers(samples[::-1]) == [("c", None), ("d", "old")]
+    assert answers([]) == []
 
 
 NEAR = [
@@ -165,21 +173,6 @@ def test_near_duplicates_fall_to_one_a_cluster(tmp_path: Path) -> None:
     )
     assert result.counts["near_duplicate"] == 2
     assert len(rows["train"]) + len(rows["calibration"]) == 3
-
-
-def test_a_cluster_stays_on_one_side() -> None:
-    """Near-duplicates that are kept share a group, so the split cannot tear them apart."""
-    samples = [to_sample(row(request=chat(t)), settings()) for t in NEAR]
-    from distill_jobs.collecting.shingles import signature
-
-    for sample in samples:
-        sample["signature"] = signature(sample["text"])
-    ordered = sorted(samples, key=lambda s: s["sample_digest"])
-    groups = [{s["text"] for s in g} for g in clusters(ordered, 0.7)]
-    assert sorted(len(g) for g in groups) == [1, 2, 2]
-    assert {normalise(NEAR[0]), normalise(NEAR[1])} in groups
-    assert {normalise(NEAR[3]), normalise(NEAR[4])} in groups
-    assert len(clusters(ordered, None)) == 5
 
 
 def test_jaccard_is_exact() -> None:

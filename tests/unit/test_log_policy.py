@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.redaction import Redactor
 from contracts.routes import LogPolicy
 from contracts.traffic import LogMode, Outcome, RequestRow, hash_unit
 from serve.request_log import RequestLog, SegmentWriter
 from serve.request_log.policy import effective, metadata_only, mode_of
-from serve.request_log.redact import Redactor
 from tests.unit.test_request_log import Drafted, Hooks, by, opened, row, rows_in
 
 ORDER = [LogMode.OFF, LogMode.METADATA, LogMode.REDACTED, LogMode.FULL]

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from contracts import detectors
+from contracts.detectors import BUILT_IN, Span, load_detectors
 from contracts.errors import ConfigError, DataError
+from contracts.redaction import Redactor, merged, replaced, replaced_in_parts
 from contracts.routes import LogPolicy
 from contracts.traffic import LogMode, Split, UnitKind, Upstream
-from serve.request_log import detectors
-from serve.request_log.detectors import BUILT_IN, Span, load_detectors
-from serve.request_log.redact import Redactor, merged, replaced, replaced_in_parts
 from serve.router.assign import assign
 from serve.router.exchange import Exchange
 from serve.router.table import Route

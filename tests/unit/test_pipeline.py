@@ -206,7 +206,8 @@ def test_an_output_that_was_tampered_with_is_not_used(world: World) -> None:
     input.
     """
     result = world.run(only="collect")
-    with result.manifests["collect"].output("train").open("ab") as file:
+    (part,) = result.manifests["collect"].output("train").iterdir()
+    with part.open("ab") as file:
         file.write(b"x")
     with pytest.raises(DataError, match=r"Remove .*collect-"):
         world.run()

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from contracts.detectors import Detector, Span
 from contracts.errors import DataError
 from contracts.traffic import LogMode, RequestRow
-from serve.request_log.detectors import Detector, Span
 
 _LABEL = re.compile(r"[A-Z][A-Z0-9_]{0,31}")
 _UNTOUCHED = frozenset(("model", "tools", "functions", "tool_choice", "response_format"))

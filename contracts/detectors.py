@@ -219,15 +219,15 @@ BUILT_IN: dict[str, Detector] = {
 }
 
 
-def load_detectors(names: Iterable[str]) -> tuple[Detector, ...]:
+def load_detectors(names: Iterable[str], field: str = "log.detectors") -> tuple[Detector, ...]:
     """The detectors of these names: built-in ones, or 'module:function'. Raises: ConfigError."""
-    return tuple(BUILT_IN[name] if name in BUILT_IN else _imported(name) for name in names)
+    return tuple(BUILT_IN[name] if name in BUILT_IN else _imported(name, field) for name in names)
 
 
-def _imported(spec: str) -> Detector:
+def _imported(spec: str, field: str) -> Detector:
     if ":" not in spec:
         raise ConfigError(
-            f"log.detectors: there is no detector {spec!r}. Built in are {', '.join(BUILT_IN)}; "
+            f"{field}: there is no detector {spec!r}. Built in are {', '.join(BUILT_IN)}; "
             "give your own as 'module:function'."
         )
-    return load_function(spec, "log.detectors")
+    return load_function(spec, field)
