@@ -110,13 +110,7 @@ class ApiVoice:
         self, questions: Sequence[Question], sampling: Sampling, keep: Callable[[dict[str, Any]], None]
     ) -> None:
         async with Endpoint(self._endpoint, self._budget) as server:
-            tasks = [asyncio.create_task(self._one(server, q, sampling, keep)) for q in questions]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await server.map(lambda question: self._one(server, question, sampling, keep), questions)
 
     async def _one(
         self, server: Endpoint, question: Question, sampling: Sampling, keep: Callable[[dict[str, Any]], None]
@@ -129,6 +123,7 @@ class ApiVoice:
         choices = [
             {"text": (c.get("message") or {}).get("content"), "finish_reason": c.get("finish_reason")}
             for c in answer["choices"]
+            if isinstance(c, dict)
         ]
         keep({"id": question.id, "choices": choices})
 

@@ -11,11 +11,11 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -30,6 +30,8 @@ _SAVE_EVERY_S = 1.0
 _SAID_CHARS = 300
 
 Body = dict[str, Any]
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 class Budget:
@@ -76,6 +78,7 @@ class Endpoint:
         self.config = config
         self._budget = budget
         self._session: aiohttp.ClientSession | None = None
+        self._failed: EngineError | None = None
         self._free = config.tokens_in_flight
         self._slots = config.concurrency
         self._changed = asyncio.Condition()
@@ -103,15 +106,34 @@ class Endpoint:
     async def ask(self, path: str, body: Body, tokens: int = 0) -> Body:
         """POST a body to /v1/`path`; `tokens` is what it takes of tokens_in_flight. Raises: EngineError."""
         async with self._place(min(tokens, self.config.tokens_in_flight)):
-            for attempt in range(self.config.retries + 1):
-                self._budget.take()
-                status, text, wait_s = await self._post(path, body)
-                if status == 200:
-                    return self._parsed(text)
-                if status is not None and status not in _AGAIN:
-                    break
-                if attempt < self.config.retries:
-                    await asyncio.sleep(max(wait_s, self._backoff(attempt)))
+            try:
+                return await self._retried(path, body)
+            except EngineError as err:
+                self._failed = err
+                raise
+
+    async def map(self, ask: Callable[[Item], Awaitable[Answer]], items: Sequence[Item]) -> list[Answer]:
+        """`ask` for all items at once, as far as the bounds allow. After a failure nothing new is sent, but
+        what is in flight (and maybe paid for) ends first. Raises: the first failure.
+        """
+        done = await asyncio.gather(*(ask(item) for item in items), return_exceptions=True)
+        for one in done:
+            if isinstance(one, BaseException):
+                raise one
+        return done  # type: ignore[return-value]
+
+    async def _retried(self, path: str, body: Body) -> Body:
+        for attempt in range(self.config.retries + 1):
+            if self._failed is not None:
+                raise self._failed
+            self._budget.take()
+            status, text, wait_s = await self._post(path, body)
+            if status == 200:
+                return self._parsed(text)
+            if status is not None and status not in _AGAIN:
+                break
+            if attempt < self.config.retries:
+                await asyncio.sleep(max(wait_s, self._backoff(attempt)))
         told = f"{status}: {text[:_SAID_CHARS]}" if status is not None else text
         raise EngineError(f"{self.config.url}/v1/{path} (model {self.config.model!r}) did not answer: {told}")
 

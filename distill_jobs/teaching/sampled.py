@@ -39,8 +39,11 @@ def draw(logits: torch.Tensor, uniform: np.ndarray, proposal: float) -> tuple[np
         logp = logits[start : start + chunk].double().log_softmax(-1)
         logq = (logp * proposal).log_softmax(-1) if proposal != 1.0 else logp
         edges = logq.exp().cumsum(-1)
-        wanted = torch.from_numpy(uniform[start : start + chunk]).to(edges.device) * edges[:, -1:]
-        drawn = torch.searchsorted(edges, wanted, right=True).clamp_(max=logits.shape[-1] - 1)
+        end = edges[:, -1:]
+        wanted = torch.from_numpy(uniform[start : start + chunk]).to(edges.device) * end
+        # A product that rounds up to the end would fall on a token without probability.
+        wanted = torch.minimum(wanted, torch.nextafter(end, torch.zeros_like(end)))
+        drawn = torch.searchsorted(edges, wanted, right=True)
         ratio = (logp - logq).gather(-1, drawn)
         ids.append(drawn.cpu().numpy())
         weights.append(ratio.log_softmax(-1).exp().cpu().numpy())

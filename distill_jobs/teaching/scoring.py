@@ -224,7 +224,11 @@ def _shards(rows: Sequence[Row], config: TeachConfig) -> int:
 
 
 def _drop_others(folder: Path, parts: int) -> None:
-    """Parts beyond the last: of an earlier run with more rows in this folder."""
+    """Parts beyond the last, of an earlier run with more rows in this folder, and what a killed one left
+    torn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".part-*.tmp"):
+        torn.unlink()
     for extra in sorted(folder.glob("part-*.parquet"))[parts:]:
         extra.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,7 @@ class ServedScorer:
 
     async def _chunk(self, rows: Sequence[Row]) -> list[Scored]:
         async with Endpoint(self._endpoint, self._budget) as server:
-            tasks = [asyncio.create_task(self._one(server, row)) for row in rows]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
+            return await server.map(partial(self._one, server), rows)
 
     async def _one(self, server: Endpoint, row: Row) -> Scored:
         body = {
@@ -77,9 +73,13 @@ class ServedScorer:
 
     def _top(self, place: dict[str, Any] | None) -> tuple[list[int], list[float]]:
         """The k largest of one position; the actual token is among the entries too, whatever its rank."""
-        ranked = sorted(
-            ((e["rank"], int(token), e["logprob"]) for token, e in (place or {}).items()), key=lambda e: e[:2]
-        )[: self._k]
+        try:
+            entries = [
+                (int(e["rank"]), int(token), float(e["logprob"])) for token, e in (place or {}).items()
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise EngineError(f"{self._endpoint.url} returned malformed prompt_logprobs ({err!r}).") from err
+        ranked = sorted(entries)[: self._k]
         values = [value for _, _, value in ranked]
         if len(ranked) < self._k or ranked[-1][0] > self._k:
             raise EngineError(
