@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill_jobs.augmenting.config import AugmentConfig
+from distill_jobs.augmenting.novelty import apart, unlike
 from distill_jobs.augmenting.prompts import read_prompt
 from distill_jobs.augmenting.rationales import questions as rationale_questions
 from distill_jobs.augmenting.rationales import rows as rationale_rows
 from distill_jobs.augmenting.variants import Ask, asks, is_plain, new_samples, picked
 from distill_jobs.collect import held_out_texts
-from distill_jobs.collecting.dedupe import clusters, drop_resembling
 from distill_jobs.keys import output_file
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
@@ -83,17 +83,22 @@ def _new(
     said = [s for a in wanted for s in new_samples(a, texts.get(a.question.id, []), config.weight)]
     counts["asked"], counts["written"] = len(wanted), len(said)
     counts["unanswered"] = sum(not texts.get(a.question.id) for a in wanted)
-    clean = drop_resembling(said, others, config.near_duplicates)
+    clean = _kept(said, unlike([s["text"] for s in said], others, config.near_duplicates))
     counts["like_held_out"] = len(said) - len(clean)
-    new = drop_resembling(clean, [s["text"] for s in samples], config.near_duplicates)
+    logged = (s["text"] for s in samples)
+    new = _kept(clean, unlike([s["text"] for s in clean], logged, config.near_duplicates))
     counts["like_logged"] = len(clean) - len(new)
-    unique = list({s["sample_digest"]: s for s in reversed(new)}.values())
-    apart = [group[0] for group in clusters(unique, config.near_duplicates)]
-    counts["like_each_other"] = len(new) - len(apart)
-    kept = apart if config.max_new is None else apart[: config.max_new]
-    counts["over_max_new"] = len(apart) - len(kept)
+    new.sort(key=lambda s: str(s["sample_digest"]))
+    different = _kept(new, apart([s["text"] for s in new], config.near_duplicates))
+    counts["like_each_other"] = len(new) - len(different)
+    kept = different if config.max_new is None else different[: config.max_new]
+    counts["over_max_new"] = len(different) - len(kept)
     counts.update(s["kind"] for s in kept)
     return kept
+
+
+def _kept(samples: Sequence[Sample], keep: Sequence[bool]) -> list[Sample]:
+    return [s for s, one in zip(samples, keep, strict=True) if one]
 
 
 def _others(collected: dict[str, Path], held_out: Sequence[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from string import Template
 from typing import Any
 
+from contracts.config import canonical_json
 from contracts.plugins import load_function
 from distill_jobs.augmenting.config import RationaleConfig
 from distill_jobs.collecting.rows import normalise
@@ -29,7 +30,9 @@ def questions(samples: Sequence[Sample], prompt: Template, marker: str) -> list[
     """What the teacher is asked: each conversation with its last user message asking for steps."""
     return [
         Question(
-            _id(s), _asked(s, prompt.substitute(request="$request", marker=marker)), json.loads(s["request"])
+            _id(s),
+            _asked(s["messages"], prompt.substitute(request="$request", marker=marker)),
+            json.loads(s["request"]),
         )
         for s in samples
     ]
@@ -74,12 +77,16 @@ def rows(
         if not agree(json.loads(sample["request"]), sample["answer"], stated):
             counts["rationale_disagrees"] += 1
             continue
-        asked = _asked(sample, teacher_prompt.substitute(request="$request", marker=config.marker))
+        read = _read_by_student(sample)
+        asked = _asked(
+            sample["messages"], teacher_prompt.substitute(request="$request", marker=config.marker)
+        )
         made.append(
             sample
             | {
                 "sample_digest": _id(sample),
-                "messages": json.dumps(_asked(sample, student_prompt.substitute(request="$request"))),
+                "messages": json.dumps(_asked(read, student_prompt.substitute(request="$request"))),
+                "student_messages": None,
                 "teacher_messages": json.dumps(asked),
                 "answer": texts[0].strip() if config.with_answer else steps,
                 "task": TASK,
@@ -94,17 +101,23 @@ def rows(
 def agrees(request: dict[str, Any], logged: str, stated: str) -> bool:
     """Equal as JSON values, or as normalised text."""
     try:
-        return bool(json.loads(logged) == json.loads(stated))
+        return canonical_json(json.loads(logged)) == canonical_json(json.loads(stated))
     except json.JSONDecodeError:
         return normalise(logged) == normalise(stated)
 
 
-def _asked(sample: Sample, form: str) -> list[dict[str, Any]]:
+def _asked(conversation: str, form: str) -> list[dict[str, Any]]:
     """The conversation with its last user message put into a form that says $request once."""
-    messages = json.loads(sample["messages"])
+    messages = json.loads(conversation)
     last = max(i for i, m in enumerate(messages) if m["role"] == "user")
     text = form.replace("$request", messages[last]["content"])
     return [m | {"content": text} if i == last else m for i, m in enumerate(messages)]
+
+
+def _read_by_student(sample: Sample) -> str:
+    """The student's conversation, where collect left a user's message in it."""
+    read = sample.get("student_messages")
+    return read if read and any(m["role"] == "user" for m in json.loads(read)) else sample["messages"]
 
 
 def _id(sample: Sample) -> str:

@@ -18,7 +18,6 @@ import numpy as np
 from contracts.plugins import load_function
 from distill_jobs.augmenting.config import AugmentConfig, HardNegativesConfig
 from distill_jobs.collecting.rows import normalise, request_text
-from distill_jobs.collecting.shingles import signature
 from distill_jobs.keys import sha256_of
 from distill_jobs.teaching.ask import Question
 
@@ -77,20 +76,33 @@ def new_samples(ask: Ask, texts: Sequence[str], weight: float) -> Iterator[Sampl
         ]
         request = json.loads(first["request"]) | {"messages": messages}
         identity = [[m["role"], normalise(m["content"])] for m in messages]
-        text = request_text(messages)
         yield first | {
             "sample_digest": sha256_of([identity, request.get("tools")]),
             "request": json.dumps(request),
             "messages": json.dumps(messages),
             "answer": ask.answer,
-            "text": text,
-            "signature": signature(text),
+            "text": request_text(messages),
+            "student_messages": _student_messages(first, line),
+            "class": first.get("class") if ask.answer is not None else None,
+            "source": "augment",
             "corrected": False,
             "weight": weight * (1.0 if first.get("weight") is None else first["weight"]),
             "task": "answer",
             "origin": [s["sample_digest"] for s in ask.origin],
             "kind": ask.kind,
         }
+
+
+def _student_messages(sample: Sample, line: str) -> str | None:
+    """What the student reads where collect took constant text out; None is the whole conversation, where that
+    was a part of the user's own message.
+    """
+    if sample.get("student_messages") is None:
+        return None
+    messages = json.loads(sample["student_messages"])
+    if [m["content"] for m in messages if m["role"] == "user"] != [said(sample)]:
+        return None
+    return json.dumps([m | {"content": line} if m["role"] == "user" else m for m in messages])
 
 
 def lines_of(text: str) -> list[str]:
@@ -171,9 +183,9 @@ def borders(config: HardNegativesConfig, samples: Sequence[Sample]) -> list[tupl
 
 
 def label_of(config: HardNegativesConfig, sample: Sample) -> str | None:
-    """A sample's class."""
+    """A sample's class: by the configured function, else what collect called it, else its answer."""
     if config.label is None:
-        return normalise(sample["answer"])
+        return sample.get("class") or normalise(sample["answer"])
     label: Label = load_function(config.label, "augment.hard_negatives.label")
     return label(json.loads(sample["request"]), sample["answer"])
 

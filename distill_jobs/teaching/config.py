@@ -138,7 +138,7 @@ class DemonstrationsConfig(StrictConfig):
 class WhenConfig(StrictConfig):
     """Which samples a teacher answers for: all conditions that are given must hold."""
 
-    route: str | None = Field(default=None, description="The request's model name, as the client asked.")
+    route: str | None = Field(default=None, description="The sample's route.")
     label: str | None = Field(default=None, description="The sample's class, see teach.label.")
     pattern: str | None = Field(
         default=None, description="Regular expression found in the last user message."

@@ -31,10 +31,12 @@ def assign(config: TeachConfig, sample: dict[str, Any], label: Label | None) -> 
 
 
 def _wants(when: WhenConfig, request: dict[str, Any], sample: dict[str, Any], label: Label | None) -> bool:
-    if when.route is not None and when.route != request.get("model"):
+    if when.route is not None and when.route != (sample.get("route") or request.get("model")):
         return False
-    if when.label is not None and (label is None or label(request, sample["answer"]) != when.label):
-        return False
+    if when.label is not None:
+        found = sample.get("class") if label is None else label(request, sample["answer"])
+        if found != when.label:
+            return False
     return when.pattern is None or re.search(when.pattern, last_said(sample)) is not None
 
 

@@ -62,8 +62,10 @@ def tokenise(
 ) -> list[Row]:
     """Rows sorted by length so that a batch pads little; the same samples give the same order.
 
-    A sample's `teacher_messages` (a JSON string) are what the teacher reads in place of `messages`; such a
-    row is dropped when it is longer than `teacher_max_tokens`.
+    The student reads a sample's `student_messages` where it has them (collect took constant text out), the
+    teacher its `teacher_messages` (demonstrations, the form of a rationale), both else its `messages`; all
+    are JSON strings. Rows longer than `max_tokens`, or for the teacher than `teacher_max_tokens`, are
+    dropped.
     """
     carried = [c for c in CARRIED if any(s.get(c) is not None for s in samples)]
     rows = []
@@ -81,11 +83,12 @@ def tokenise(
 
 def _row(sample: dict[str, Any], tokenizer: ChatTokenizer, carried: list[str]) -> Row:
     answer = tokenizer.answer(sample["answer"])
-    prompt = tokenizer.prompt(sample["request"], sample["messages"])
+    read = sample.get("student_messages") or sample["messages"]
+    shown = sample.get("teacher_messages") or sample["messages"]
+    prompt = tokenizer.prompt(sample["request"], read)
     ids = np.asarray(prompt + answer, dtype=np.int32)
-    shown = sample.get("teacher_messages")
     teacher_ids = ids
-    if shown is not None:
+    if shown != read:
         teacher_ids = np.asarray(tokenizer.prompt(sample["request"], shown) + answer, dtype=np.int32)
     kept = {c: CARRIED[c] if sample.get(c) is None else sample[c] for c in carried}
     return Row(sample["sample_digest"], ids, len(prompt), teacher_ids, sample.get("teacher") or "", kept)

@@ -5,6 +5,7 @@ from.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 from contracts.errors import ConfigError
 from distill_jobs import augment
 from distill_jobs.augmenting.config import AugmentConfig, HardNegativesConfig
+from distill_jobs.augmenting.novelty import apart, unlike
 from distill_jobs.augmenting.prompts import prompt_digests, read_prompt
 from distill_jobs.augmenting.rationales import agrees, split_answer
 from distill_jobs.augmenting.variants import borders, lines_of
 from distill_jobs.collecting.rows import normalise
+from distill_jobs.collecting.shingles import jaccard, shingles
 from distill_jobs.keys import sha256_of
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
@@ -67,11 +70,15 @@ TRAIN = [
 
 
 def run(
-    tmp: Path, teacher: Teacher, train: list[dict[str, Any]] = TRAIN, **config: Any
-) -> tuple[Result, list[Any]]:
+    tmp: Path, teacher: Teacher, train: Sequence[dict[str, Any]] = TRAIN, **config: Any
+) -> tuple[Result, list[dict[str, Any]]]:
     """Run the stage; its result and the rows it added."""
     collected = {}
-    sides = {"train": TRAIN, "validation": [sample("how do I cancel my plan", "plan")], "calibration": []}
+    sides = {
+        "train": list(train),
+        "validation": [sample("how do I cancel my plan", "plan")],
+        "calibration": [],
+    }
     sides["calibration"] = [sample("my screen is broken again", "screen")]
     for name, rows in sides.items():
         collected[name] = tmp / f"{name}.parquet"
@@ -85,8 +92,8 @@ def run(
     progress = Progress(tmp / "progress.json")
     result = augment.run(AugmentConfig(**config), teacher, collected, [held_out], folder, progress)  # type: ignore[arg-type]
     rows = pq.read_table(result.outputs["train"].path).to_pylist()
-    assert [r["text"] for r in rows[: len(TRAIN)]] == [s["text"] for s in TRAIN]
-    return result, rows[len(TRAIN) :]
+    assert [r["text"] for r in rows[: len(train)]] == [s["text"] for s in train]
+    return result, rows[len(train) :]
 
 
 def test_paraphrases_keep_the_form_of_their_request(tmp_path: Path) -> None:
@@ -248,6 +255,7 @@ def test_answers_agree_by_value() -> None:
     assert agrees({}, "Refund  it", "refund it")
     assert not agrees({}, '{"a": 1}', '{"a": 2}')
     assert not agrees({}, "4", "five")
+    assert not agrees({}, "1", "true")
 
 
 def never(request: dict[str, Any], logged: str, stated: str) -> bool:
@@ -299,3 +307,41 @@ def test_an_empty_section_is_refused() -> None:
     """Off is written by leaving the section out."""
     with pytest.raises(ValueError, match="at least one of paraphrase"):
         AugmentConfig()
+
+
+def test_novelty_is_exact() -> None:
+    """The index finds what comparing all with all finds, at the threshold too; without one, equal texts."""
+    rng = random.Random(4)
+    words = ["refund", "order", "parcel", "invoice", "late", "cancel", "plan", "password"]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(60)]
+    others = [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(200)] + ["abc", ""]
+    for threshold in (0.3, 0.5, 0.8, 1.0):
+        expected = [all(jaccard(shingles(t), shingles(o)) < threshold for o in others) for t in texts]
+        assert unlike(texts, others, threshold) == expected
+    assert unlike(["a", "b"], ["b", "bb"], None) == [True, False]
+    assert apart(["a text", "a text!", "a text", "another"], 0.6) == [True, False, False, True]
+    assert apart(["a text", "a text!", "a text"], None) == [True, True, False]
+
+
+def test_a_student_without_constant_text_keeps_being_one(tmp_path: Path) -> None:
+    """Where collect took a system's text out of what the student reads, variants and rationales have it out
+    too; the teacher reads all.
+    """
+    pruned = json.dumps([{"role": "user", "content": "Where is my parcel 17, please?"}])
+    train = [TRAIN[0] | {"student_messages": pruned}, TRAIN[1] | {"student_messages": None}]
+
+    def say(text: str) -> str:
+        if "last line" in text:
+            return rationale_of(text)
+        return "any word of my goods yet" if "parcel" in text else "which bills are there to pay"
+
+    result, rows = run(tmp_path, Teacher(say), train, paraphrase={}, rationale={})
+    steps = rows[-1]
+    assert [m["role"] for m in json.loads(steps["messages"])] == ["user"]
+    assert [m["role"] for m in json.loads(steps["teacher_messages"])] == ["system", "user"]
+    read = {r["text"]: r["student_messages"] for r in rows if r["kind"] == "paraphrase"}
+    assert json.loads(read["any word of my goods yet"]) == [
+        {"role": "user", "content": "any word of my goods yet"}
+    ]
+    assert read["which bills are there to pay"] is None
+    assert (result.counts["rationale"], result.counts["paraphrase"]) == (1, 2)
