@@ -163,7 +163,9 @@ def _augment(
     if own.endpoint is not None:
         voice = ApiVoice(own.endpoint, "augment.endpoint", folder / "spent.json")
     else:
-        voice = EngineVoice(inputs.teacher, config.evaluate.engine, ChatTokenizer(str(inputs.teacher)))
+        voice = EngineVoice(
+            inputs.teacher, config.evaluate.engine, ChatTokenizer(str(inputs.teacher)), "augment"
+        )
     return augment.run(own, voice, splits, [*config.collect.holdout, inputs.dataset], folder, progress)
 
 

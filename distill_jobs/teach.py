@@ -74,6 +74,7 @@ def run(
             fill_answers(own, config, voice, texts, folder / "answers" / one.name / split, counts)
     longest = config.demonstrations.max_tokens if config.demonstrations else None
     rows = {s: tokenise(samples[s], config.max_tokens, tokenizer, counts, longest) for s in SPLITS}
+    samples.clear()
     if not rows["train"]:
         raise DataError(f"No training sample fits into teach.max_tokens = {config.max_tokens}. Raise it.")
     positions = sum(r.completion for own in rows.values() for r in own)
@@ -172,7 +173,7 @@ def _voice(
     if teacher.endpoint is not None:
         spent = folder / f"spent-{teacher.name or 'teacher'}.json"
         return ApiVoice(teacher.endpoint, "teach.endpoint", spent)
-    return EngineVoice(teacher.folder, engine, tokenizer, answer)
+    return EngineVoice(teacher.folder, engine, tokenizer, "teach", answer)
 
 
 def _texts_folder(config: TeachConfig, teacher: Teacher, cache_dir: Path | None) -> Path | None:

@@ -23,7 +23,7 @@ from distill_jobs.tokens import ChatTokenizer
 Answerer = Callable[[dict[str, Any], EngineConfig], dict[str, Any]]
 
 _CHUNK = 64
-_BODY_KEPT = ("tools", "tool_choice", "response_format", "stop")
+_BODY_KEPT = ("tools", "tool_choice", "response_format", "stop", "chat_template_kwargs")
 """Fields of a logged request that shape its answer and that a chat API is told of."""
 
 
@@ -55,16 +55,23 @@ class EngineVoice:
     """The teacher's checkpoint in an offline vLLM (a process of its own, see engine.py)."""
 
     def __init__(
-        self, model: Path, engine: EngineConfig, tokenizer: ChatTokenizer, answer: Answerer = run_engine
+        self,
+        model: Path,
+        engine: EngineConfig,
+        tokenizer: ChatTokenizer,
+        field: str,
+        answer: Answerer = run_engine,
     ) -> None:
-        self._model, self._engine, self._tokenizer, self._answer = model, engine, tokenizer, answer
+        """`field` is the section of the configuration to name when something has to be set."""
+        self._model, self._engine, self._tokenizer = model, engine, tokenizer
+        self._field, self._answer = field, answer
 
     def ask(self, questions: Sequence[Question], sampling: Sampling, folder: Path) -> Answers:
         """Answers to all questions that fit. Raises: ConfigError when none can; EngineError."""
         room = self._engine.max_model_len - sampling.max_tokens
         if questions and room <= 0:
             raise ConfigError(
-                f"teach.answer_tokens = {sampling.max_tokens} leaves no room for a prompt in"
+                f"{self._field}.answer_tokens = {sampling.max_tokens} leaves no room for a prompt in"
                 f" evaluate.engine.max_model_len = {self._engine.max_model_len}. Lower the one or raise the"
                 f" other."
             )
@@ -119,7 +126,8 @@ class ApiVoice:
         body |= {"model": self._endpoint.model, "messages": question.messages, **_sampling(sampling)}
         if sampling.temperature > 0:
             body["seed"] = seed_of(question.id)
-        answer = await server.ask("chat/completions", body)
+        body |= self._endpoint.extra
+        answer = await server.ask("chat/completions", {k: v for k, v in body.items() if v is not None})
         choices = [
             {"text": (c.get("message") or {}).get("content"), "finish_reason": c.get("finish_reason")}
             for c in answer["choices"]

@@ -6,7 +6,7 @@ Importable without torch, aiohttp or vllm. Knows nothing about how a distributio
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -32,6 +32,11 @@ class EndpointConfig(StrictConfig):
     model: str = Field(description="Model name that the server expects.")
     api_key_env: str | None = Field(
         default=None, description="Environment variable that holds the key; the key itself is never stored."
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields added to every chat request; null takes one out, e.g. {max_tokens: null,"
+        " max_completion_tokens: 256}.",
     )
     never: tuple[str, ...] = Field(
         default=(),

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ class Store:
         target = self._folder / f"{name}.parquet"
         if target.exists():
             return
-        tmp = target.with_name(f".{name}.{os.getpid()}.tmp")
+        tmp = target.with_name(f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
         tmp.unlink(missing_ok=True)
         try:
             os.link(part, tmp)

@@ -294,3 +294,10 @@ def test_augment_is_a_stage_only_where_it_is_configured(world: World) -> None:
     assert manifests["teach"].counts["train"] == plain["teach"].counts["train"] + 1
     with pytest.raises(ConfigError, match="no stage 'augment' in this job"):
         world.run(only="augment")
+
+
+def test_distributions_that_nobody_keeps_cannot_be_learned(world: World) -> None:
+    """teach.scheme: text with a divergence to minimise is refused before anything runs."""
+    with pytest.raises(ConfigError, match=r"train\.loss\.kd_weight must be 0"):
+        world.config(teach__scheme="text")
+    assert world.config(teach__scheme="text", train__loss={"kd_weight": 0}).teach.scheme == "text"

@@ -5,10 +5,12 @@ teachers.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from contracts.errors import ConfigError, DataError
 from distill_jobs.teaching import local
 from distill_jobs.teaching.config import TeachConfig
 from distill_jobs.teaching.rows import Row
+from distill_jobs.teaching.store import Store
 from tests.integration.pipeline_world import write_model
 from tests.unit.teaching_world import SAMPLES, rows_of, run, sample
 
@@ -163,6 +166,26 @@ def test_a_damaged_file_in_the_cache_costs_time_only(
     scored.clear()
     assert rows_of(run(tmp_path / "b", teacher, SAMPLES, config, cache_dir=cache)) == first
     assert len(scored) == 4
+
+
+def test_jobs_that_end_at_once_share_without_a_lock(tmp_path: Path, teacher: Path) -> None:
+    """Eight hand over the same part and others at the same time: all are found, none is torn, nothing is
+    left.
+    """
+    config = TeachConfig(k=3, dtype="float32", shard_rows=1)
+    folder = Path(run(tmp_path, teacher, SAMPLES, config).outputs["train"].path)
+    parts = sorted(folder.glob("part-*.parquet"))
+    shared = tmp_path / "shared"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(Store(shared, "topk").adopt, [*parts * 20]))
+    assert len(list(shared.iterdir())) == len(parts) == 3
+    assert all(p.samefile(q) for p, q in zip(parts, _by_key(parts, shared), strict=True))
+
+
+def _by_key(parts: list[Path], shared: Path) -> list[Path]:
+    """The shared files in the order of the parts, by their rows."""
+    found = {pq.read_table(f)["row_key"][0].as_py(): f for f in shared.glob("*.parquet")}
+    return [found[pq.read_table(p)["row_key"][0].as_py()] for p in parts]
 
 
 def test_a_sample_keeps_its_weight_task_and_difficulty(tmp_path: Path, teacher: Path) -> None:

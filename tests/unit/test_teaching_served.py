@@ -230,6 +230,16 @@ def test_an_api_answers_and_an_interrupted_run_asks_for_the_rest(fake: FakeOpenA
     assert "seed" not in fake.asked[0]
 
 
+def test_a_servers_own_fields_are_added_and_taken_out(fake: FakeOpenAI, tmp_path: Path) -> None:
+    """Hosted APIs differ in small ways: max_completion_tokens in place of max_tokens."""
+    extra = {"max_tokens": None, "max_completion_tokens": 9, "reasoning_effort": "low"}
+    voice = ApiVoice(endpoint(fake, extra=extra), "teach.endpoint", tmp_path / "spent.json")
+    voice.ask([question("a")], Sampling(16), tmp_path / "one")
+    asked = fake.asked[0]
+    assert "max_tokens" not in asked
+    assert (asked["max_completion_tokens"], asked["reasoning_effort"]) == (9, "low")
+
+
 def test_unfinished_answers_are_no_answers(fake: FakeOpenAI, tmp_path: Path) -> None:
     """Cut by max_tokens, or empty."""
     voice = ApiVoice(endpoint(fake), "teach.endpoint", tmp_path / "spent.json")
