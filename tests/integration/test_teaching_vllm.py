@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from contracts.errors import EngineError
+from distill_jobs.teaching.ask import ApiVoice, Question, Sampling
 from distill_jobs.teaching.config import EndpointConfig, TeachConfig
 from serve.engine.config import EngineOptions
 from serve.engine.process import VllmProcess
@@ -77,6 +78,19 @@ def test_more_than_the_server_gives_says_what_to_set(
     endpoint = EndpointConfig(url=server.url, model="teacher")
     with pytest.raises(EngineError, match=r"at most 20 .*--max-logprobs 30"):
         run(tmp_path, teacher, SAMPLES, TeachConfig(k=30, source="vllm", endpoint=endpoint))
+
+
+def test_a_served_teacher_answers_with_several_draws(tmp_path: Path, server: VllmProcess) -> None:
+    """As many texts as were asked for, drawn the same again, and other than each other."""
+    messages = [{"role": "user", "content": "where is parcel 1"}]
+    endpoint = EndpointConfig(url=server.url, model="teacher", extra={"ignore_eos": True, "stop": ["e"]})
+    drawn = []
+    for name in ("one", "two"):
+        voice = ApiVoice(endpoint, "teach.endpoint", tmp_path / "spent.json")
+        asked = [Question("q", messages, {"messages": messages})]
+        drawn.append(voice.ask(asked, Sampling(64, 1.0, 1.0, 4), tmp_path / name)["q"])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 1
 
 
 def _places(row: dict[str, list[float]]) -> Iterator[dict[float, float]]:
