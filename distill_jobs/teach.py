@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from contracts.config import write_atomic
+from contracts.dataset import OutputFile
 from contracts.errors import DataError
 from contracts.plugins import load_function
 from distill_jobs.config import EngineConfig
@@ -58,10 +59,7 @@ def run(
     """
     tokenizer = ChatTokenizer(str(teacher))
     teachers = teachers_of(config, teacher, teacher_digest)
-    check_vocabularies(teachers)
-    vocabulary, hidden = sizes_of(teacher)
-    if config.scheme == "topk" and config.k > vocabulary:
-        raise DataError(f"teach.k = {config.k} is more than the teacher's vocabulary of {vocabulary}.")
+    vocabulary, hidden = _checked(config, teachers)
     counts: Counter[str] = Counter()
     samples = {split: pq.read_table(collected[split]).to_pylist() for split in SPLITS}
     _show_demonstrations(config, samples, tokenizer)
@@ -77,31 +75,41 @@ def run(
     samples.clear()
     if not rows["train"]:
         raise DataError(f"No training sample fits into teach.max_tokens = {config.max_tokens}. Raise it.")
-    positions = sum(r.completion for own in rows.values() for r in own)
-    say(cache_size(config, sum(len(r) for r in rows.values()), positions, vocabulary, hidden))
+    every = [r for own in rows.values() for r in own]
+    scored = sum(r.completion * len(r.teacher.split(JOIN)) for r in every)
+    say(cache_size(config, len(every), scored, vocabulary, hidden))
     steps = _Steps(progress)
     scoring = Scoring(config, teachers, folder, cache_dir, tokenizer.pad, counts, steps)
     steps.total = scoring.steps(rows)
     scoring.write(rows)
-    about = {
-        "k": _width(config, rows, hidden),
+    about: dict[str, object] = {
+        "k": _width(config, every, hidden),
         "teacher_digest": teacher_digest if not config.teachers else sha256_of([t.digest for t in teachers]),
         "vocab_size": vocabulary,
         "scheme": config.scheme,
     }
-    outputs = {}
-    for split in SPLITS:
-        if config.scheme == "hidden":
-            _write_head(folder / split / "head.safetensors", scoring)
-        own = {
-            "rows": len(rows[split]),
-            "rows_digest": sha256_of([(r.key, r.token_digest) for r in rows[split]]),
-        }
-        write_atomic(folder / split / "manifest.json", json.dumps(about | own, indent=1) + "\n")
-        outputs[split] = output_file(folder / split, rows=len(rows[split]))
-        counts[split] = len(rows[split])
-    counts["positions"] = positions
-    return Result(outputs, dict(counts))
+    counts["positions"] = sum(r.completion for r in every)
+    counts.update({split: len(own) for split, own in rows.items()})
+    return Result({s: _finished(folder / s, rows[s], about, scoring) for s in SPLITS}, dict(counts))
+
+
+def _finished(folder: Path, rows: Sequence[Row], about: dict[str, object], scoring: Scoring) -> OutputFile:
+    """A split's manifest (and head) beside its parts."""
+    if about["scheme"] == "hidden":
+        _write_head(folder / "head.safetensors", scoring)
+    own = {"rows": len(rows), "rows_digest": sha256_of([(r.key, r.token_digest) for r in rows])}
+    write_atomic(folder / "manifest.json", json.dumps(about | own, indent=1) + "\n")
+    return output_file(folder, rows=len(rows))
+
+
+def _checked(config: TeachConfig, teachers: Sequence[Teacher]) -> tuple[int, int]:
+    """(vocabulary, width of the last hidden state) of the teachers. Raises: ConfigError, DataError."""
+    check_vocabularies(teachers)
+    sizes = [sizes_of(t.folder) for t in teachers]
+    least = min(vocabulary for vocabulary, _ in sizes)
+    if config.scheme == "topk" and config.k > least:
+        raise DataError(f"teach.k = {config.k} is more than the teacher's vocabulary of {least}.")
+    return max(vocabulary for vocabulary, _ in sizes), sizes[0][1]
 
 
 class _Steps:
@@ -186,12 +194,12 @@ def _texts_folder(config: TeachConfig, teacher: Teacher, cache_dir: Path | None)
     return cache_dir / f"teacher-texts-{key[:16]}"
 
 
-def _width(config: TeachConfig, rows: dict[str, list[Row]], hidden: int) -> int:
+def _width(config: TeachConfig, rows: Sequence[Row], hidden: int) -> int:
     """Values a completion position in the parts."""
     if config.scheme == "hidden":
         return hidden
-    most = max(len(r.teacher.split(JOIN)) for own in rows.values() for r in own)
-    return config.width * (most if config.scheme == "sampled" else 1)
+    most = max(len(r.teacher.split(JOIN)) for r in rows) if config.scheme == "sampled" else 1
+    return config.width * most
 
 
 def _write_head(file: Path, scoring: Scoring) -> None:

@@ -60,7 +60,7 @@ def is_plain(sample: Sample) -> bool:
     conversation.
     """
     turns = [m["role"] for m in json.loads(sample["messages"]) if m["role"] not in ("system", "developer")]
-    return turns == ["user"] and bool(sample["answer"])
+    return turns == ["user"] and bool(sample["answer"] and sample["text"].strip())
 
 
 def new_samples(ask: Ask, texts: Sequence[str], weight: float) -> Iterator[Sample]:

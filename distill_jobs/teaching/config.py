@@ -98,7 +98,7 @@ class AnswersConfig(StrictConfig):
 
     which: Literal["missing", "all"] = Field(
         default="missing",
-        description="missing: only samples without a teacher's answer. all: every training sample too,"
+        description="missing: only samples without a teacher's answer. all: every sample,"
         " whatever"
         " was logged (sequence-level distillation); corrections by users stay.",
     )

@@ -49,7 +49,11 @@ def _same(a: Sample, b: Sample) -> bool:
 def _solved(sample: Sample) -> bool:
     """Only whole and simple samples: a system's instructions come once, before all demonstrations."""
     turns = [m["role"] for m in json.loads(sample["messages"]) if m["role"] not in _SYSTEM]
-    return bool(sample["answer"]) and turns == ["user"] and sample.get("task") in (None, "answer")
+    return (
+        bool(sample["answer"] and sample["text"].strip())
+        and turns == ["user"]
+        and sample.get("task") in (None, "answer")
+    )
 
 
 def fitting(

@@ -152,6 +152,7 @@ def test_demonstrations_are_similar_solved_and_never_the_sample_itself() -> None
         assert all(s["answer"] for s in shown)
     assert choose([POOL[0]], [POOL[0]], 3, 100) == [[]]
     assert choose([POOL[0]], [], 3, 100) == [[]]
+    assert choose([POOL[0]], [sample(" ", "empty")], 3, 100) == [[]]
 
 
 def test_demonstrations_come_after_instructions_the_most_similar_last() -> None:
