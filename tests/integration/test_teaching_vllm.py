@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from contracts.errors import EngineError
+from distill_jobs.engine import read_lines
 from distill_jobs.teaching.ask import ApiVoice, Question, Sampling
 from distill_jobs.teaching.config import EndpointConfig, TeachConfig
 from serve.engine.config import EngineOptions
@@ -81,16 +82,19 @@ def test_more_than_the_server_gives_says_what_to_set(
 
 
 def test_a_served_teacher_answers_with_several_draws(tmp_path: Path, server: VllmProcess) -> None:
-    """As many texts as were asked for, drawn the same again, and other than each other."""
+    """As many as were asked for, drawn the same again, and other than each other."""
     messages = [{"role": "user", "content": "where is parcel 1"}]
-    endpoint = EndpointConfig(url=server.url, model="teacher", extra={"ignore_eos": True, "stop": ["e"]})
+    endpoint = EndpointConfig(url=server.url, model="teacher")
     drawn = []
     for name in ("one", "two"):
         voice = ApiVoice(endpoint, "teach.endpoint", tmp_path / "spent.json")
-        asked = [Question("q", messages, {"messages": messages})]
-        drawn.append(voice.ask(asked, Sampling(64, 1.0, 1.0, 4), tmp_path / name)["q"])
+        voice.ask(
+            [Question("q", messages, {"messages": messages})], Sampling(16, 1.0, 1.0, 4), tmp_path / name
+        )
+        drawn.append(read_lines(tmp_path / name / "answers.jsonl")[0]["choices"])
     assert drawn[0] == drawn[1]
-    assert len(set(drawn[0])) > 1
+    assert len(drawn[0]) == 4
+    assert len({choice["text"] for choice in drawn[0]}) > 1
 
 
 def _places(row: dict[str, list[float]]) -> Iterator[dict[float, float]]:
