@@ -49,7 +49,9 @@ def distill(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Run this stage alone: collect, teach, train, quantize, evaluate or publish."),
+        typer.Option(
+            help="Run this stage alone: collect, augment, teach, train, quantize, evaluate or publish."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print which stages are finished, and do nothing.")

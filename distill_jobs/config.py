@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from contracts.config import StrictConfig
 from contracts.gates import Gate
+from distill_jobs.augmenting.config import AugmentConfig
 from distill_jobs.collecting.settings import (
     BalanceConfig,
     DifficultyConfig,
@@ -23,6 +24,7 @@ from distill_jobs.collecting.settings import (
     SourceConfig,
 )
 from distill_jobs.collecting.window import place
+from distill_jobs.teaching.config import TeachConfig
 from distill_jobs.training.config import TrainConfig
 
 
@@ -109,28 +111,6 @@ class CollectConfig(Section):
         return self
 
 
-class TeachConfig(Section):
-    """The cache of the teacher's text and top-k distributions."""
-
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "threads"})
-
-    k: int = Field(default=20, ge=1)
-    """Teacher log-probabilities kept at each completion position."""
-    max_tokens: int = Field(default=1024, ge=8)
-    """Longest prompt plus completion in tokens; longer samples are dropped and counted."""
-    answer_tokens: int = Field(default=256, ge=1)
-    """Longest answer when the teacher answers offline."""
-    shard_rows: int = Field(default=512, ge=1)
-    """Samples in one part file: the unit of work that a killed run repeats."""
-    batch_tokens: int = Field(default=2048, ge=16)
-    """Padded tokens in one forward pass. Small fits a CPU's caches (2,048 took 25 % less CPU time than
-    8,192).
-    """
-    threads: int = Field(default=1, ge=1)
-    """Torch threads."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
 class QuantizeConfig(Section):
     """AWQ through llm-compressor, in an environment of its own."""
 
@@ -207,7 +187,7 @@ class DistillConfig(StrictConfig):
     workdir: Path
     """Folder of this job. The log window is fixed at its first start, so a later job takes another folder."""
     cache_dir: Path = Path("runs/cache")
-    """Shared between jobs: the teacher's evaluation."""
+    """Shared between jobs: the teacher's outputs and its evaluation."""
     ray: str = "auto"
     """Ray address: auto (the running cluster, else a local one), local (always one of its own), or an
     address.
@@ -217,6 +197,8 @@ class DistillConfig(StrictConfig):
     student: str
     """HF id or checkpoint folder that training starts from (with train.shape: what to call the new model)."""
     collect: CollectConfig
+    augment: AugmentConfig | None = None
+    """Have the teacher widen the training samples (off by default)."""
     teach: TeachConfig = Field(default_factory=TeachConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
@@ -224,3 +206,12 @@ class DistillConfig(StrictConfig):
     gates: tuple[Gate, ...] = ()
     """What must hold before a model is published; with none, nothing passes (no data never passes)."""
     publish: PublishConfig
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if self.teach.scheme == "text" and self.train.loss.kd_weight > 0:
+            raise ValueError(
+                "teach.scheme: text keeps no distributions, so train.loss.kd_weight must be 0 (and"
+                " train.loss.hard_weight above it)"
+            )
+        return self

@@ -5,7 +5,8 @@ Reads a job file, writes token ids, log-probabilities and a result file, all as 
 about metrics, requests or graders. `run_engine` is the caller's side of it.
 
 A job: {"model": folder, "engine": EngineConfig, "out": folder, and any of
-  "answer": {"prompts": FILE, "max_tokens": n}            -> out/answers.jsonl
+  "answer": {"prompts": FILE, "max_tokens": n, and to draw rather than be greedy: "temperature", "top_p", "n"}
+                                                          -> out/answers.jsonl
   "score":  {"rows": FILE | null, "limit": n, "topk": k}  -> out/rows.jsonl, out/scores.parquet
   "speed":  {"prompts": FILE, "batch": n, "tokens": n}    -> in the result}
 Prompt files are JSON lines of {"id", "ids"}; rows add "completion". Without rows, the answers are scored.
@@ -13,6 +14,7 @@ Prompt files are JSON lines of {"id", "ids"}; rows add "completion". Without row
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -127,6 +129,19 @@ def _generate(llm: LLM, prompts: list[list[int]], **params: Any) -> list[Any]:
     return llm.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
 
 
+def _draw(llm: LLM, prompts: list[dict[str, Any]], job: dict[str, Any]) -> list[Any]:
+    """Answers as the job wants them drawn: greedy, or sampled with a seed that comes of the prompt's id."""
+    from vllm import SamplingParams
+
+    drawn = {name: job[name] for name in ("temperature", "top_p", "n") if name in job}
+    if not drawn.get("temperature"):
+        return _generate(llm, [p["ids"] for p in prompts], max_tokens=job["max_tokens"])
+    settings = [
+        SamplingParams(max_tokens=job["max_tokens"], seed=seed_of(str(p["id"])), **drawn) for p in prompts
+    ]
+    return llm.generate([{"prompt_token_ids": p["ids"]} for p in prompts], settings, use_tqdm=False)
+
+
 def _speed(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
     """Tokens/s of one greedy batch, the same prompts and lengths for every model; the better of two."""
     prompts = [r["ids"] for r in read_lines(Path(job["prompts"]))]
@@ -143,7 +158,9 @@ def _speed(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
-    """Greedy answers, appended a chunk at a time; those an earlier run wrote are kept."""
+    """Answers, appended a chunk at a time; those an earlier run wrote are kept. Of several drawn for a
+    prompt, `choices` holds them all, and the row itself the first.
+    """
     path = out / "answers.jsonl"
     prompts = read_lines(Path(job["prompts"]))
     done = read_lines(path) if path.is_file() else []
@@ -153,20 +170,28 @@ def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
     with path.open("a", encoding="utf-8") as sink:
         for start in range(0, len(todo), _CHUNK):
             chunk = todo[start : start + _CHUNK]
-            for prompt, output in zip(
-                chunk, _generate(llm, [p["ids"] for p in chunk], max_tokens=job["max_tokens"]), strict=True
-            ):
-                best = output.outputs[0]
-                row = {
-                    "id": prompt["id"],
-                    "ids": prompt["ids"],
-                    "completion": list(best.token_ids),
-                    "text": best.text,
-                    "finish_reason": best.finish_reason,
-                }
-                sink.write(json.dumps(row) + "\n")
+            for prompt, output in zip(chunk, _draw(llm, chunk, job), strict=True):
+                sink.write(json.dumps(_answer_row(prompt, output.outputs)) + "\n")
             sink.flush()
             _report(len(known) + start + len(chunk), len(prompts), "answers")
+
+
+def _answer_row(prompt: dict[str, Any], drawn: list[Any]) -> dict[str, Any]:
+    row = {
+        "id": prompt["id"],
+        "ids": prompt["ids"],
+        "completion": list(drawn[0].token_ids),
+        "text": drawn[0].text,
+        "finish_reason": drawn[0].finish_reason,
+    }
+    if len(drawn) > 1:
+        row["choices"] = [{"text": d.text, "finish_reason": d.finish_reason} for d in drawn]
+    return row
+
+
+def seed_of(text: str) -> int:
+    """A seed of 31 bits: the same question is drawn the same."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) >> 1
 
 
 def _score(llm: LLM, job: dict[str, Any], out: Path, max_model_len: int) -> None:

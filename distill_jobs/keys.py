@@ -27,10 +27,19 @@ def sha256_of(value: object) -> str:
 
 
 def key_config(section: BaseModel) -> dict[str, object]:
-    """The fields of a section that decide its result, as JSON values."""
+    """The fields of a section (and of sections within it) that decide its result, as JSON values."""
     left_out: frozenset[str] = getattr(type(section), "OPERATIONAL", frozenset())
     data: dict[str, object] = section.model_dump(mode="json")
-    return {name: value for name, value in data.items() if name not in left_out}
+    return {n: _key_value(getattr(section, n), value) for n, value in data.items() if n not in left_out}
+
+
+def _key_value(field: object, value: object) -> object:
+    """A dumped value without the operational fields of the sections that it holds."""
+    if isinstance(field, BaseModel):
+        return key_config(field)
+    if isinstance(field, tuple) and isinstance(value, list):
+        return [_key_value(f, v) for f, v in zip(field, value, strict=True)]
+    return value
 
 
 def stage_key(stage: str, config: dict[str, object], parents: dict[str, Manifest]) -> str:

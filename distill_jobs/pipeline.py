@@ -1,4 +1,5 @@
-"""The distillation pipeline on one screen: collect → teach → train → quantize → evaluate → gate → publish.
+"""The distillation pipeline on one screen: collect → (augment) → teach → train → quantize → evaluate → gate →
+publish.
 
 Each stage works in `<workdir>/<stage>-<key>/` and writes its manifest last; a finished stage is skipped, an
 interrupted one goes on from its last unit of work. Knows the order of the stages, and nothing of their
@@ -15,25 +16,30 @@ from contracts.config import dump_resolved
 from contracts.dataset import Manifest
 from contracts.errors import ConfigError
 from contracts.gates import GateReport
-from distill_jobs import collect, evaluate, gate, publish, quantize, teach, train
+from distill_jobs import augment, collect, evaluate, gate, publish, quantize, teach, train
+from distill_jobs.augmenting.prompts import prompt_digests
 from distill_jobs.collecting.window import Segment, pin_window
 from distill_jobs.config import DistillConfig
 from distill_jobs.evaluation_set import pin_dataset
 from distill_jobs.keys import key_config, model_digest, model_folder
 from distill_jobs.progress import Listener, Progress
-from distill_jobs.stage import ORDER, Job, Work, locked, read_manifest
+from distill_jobs.stage import ORDER, Job, Result, Work, locked, read_manifest
+from distill_jobs.teaching.ask import ApiVoice, EngineVoice, Voice
+from distill_jobs.tokens import ChatTokenizer
 from registry.digest import digest_file
 from registry.store import Registry
 
 PARENTS: dict[str, tuple[str, ...]] = {
     "collect": (),
-    "teach": ("collect",),
+    "augment": ("collect",),
+    "teach": ("collect", "augment"),
     "train": ("teach",),
     "quantize": ("train", "collect"),
     "evaluate": ("train", "quantize"),
     "publish": ("quantize", "evaluate"),
 }
-"""Whose outputs a stage reads; the gate stands between evaluate and publish."""
+"""Whose outputs a stage reads, where they are part of the job; the gate stands between evaluate and publish.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ def run_pipeline(
 
     Raises: GateError when the student is not good enough; ConflictError when the workdir is in use.
     """
-    if only is not None and only not in ORDER:
-        raise ConfigError(f"There is no stage {only!r}. Stages: {', '.join(ORDER)}.")
+    if only is not None and only not in order_of(config):
+        raise ConfigError(f"There is no stage {only!r} in this job. Stages: {', '.join(order_of(config))}.")
     with locked(config.workdir):
         dump_resolved(config, config.workdir / "config.json")
         job = Job(config.workdir, Progress(config.workdir / "progress.json", listener), only)
@@ -80,6 +86,16 @@ def run_pipeline(
         except BaseException as err:
             job.progress.end("stopped" if isinstance(err, KeyboardInterrupt) else "failed")
             raise
+
+
+def order_of(config: DistillConfig) -> tuple[str, ...]:
+    """The stages of a job: augment is one only where it is configured."""
+    return ORDER if config.augment is None else (ORDER[0], "augment", *ORDER[1:])
+
+
+def parents_of(config: DistillConfig, name: str) -> tuple[str, ...]:
+    """Whose outputs a stage of this job reads."""
+    return tuple(p for p in PARENTS[name] if p in order_of(config))
 
 
 def _stages(
@@ -98,19 +114,24 @@ def _stages(
     def splits() -> dict[str, Path]:
         return {name: done["collect"].output(name) for name in done["collect"].outputs}
 
+    def taught() -> dict[str, Path]:
+        return splits() | ({"train": done["augment"].output("train")} if "augment" in done else {})
+
     work: dict[str, Work] = {
         "collect": lambda at: collect.run(
             config.collect, inputs.window, [inputs.dataset], at, told, config.ray
         ),
+        "augment": lambda at: _augment(config, inputs, splits(), at, told),
         "teach": lambda at: teach.run(
             config.teach,
             config.evaluate.engine,
             inputs.teacher,
             inputs.teacher_digest,
-            splits(),
+            taught(),
             at,
             told,
             say,
+            cache_dir=config.cache_dir,
         ),
         "train": lambda at: train.run(
             config.train, done["teach"].output("train"), config.student, at, told, config.ray, trainer
@@ -123,14 +144,29 @@ def _stages(
             config, inputs.teacher_digest, done, report, registry or publish.open_registry(config.publish), at
         ),
     }
-    for name in ORDER:
+    for name in order_of(config):
         if name == "publish":
             report = gate.check(config.gates, done["evaluate"].metrics, at / "gates.json", override_gate)
-        parents = {parent: done[parent] for parent in PARENTS[name]}
+        parents = {parent: done[parent] for parent in parents_of(config, name)}
         done[name] = job.stage(name, settings(config, inputs, name), parents, work[name])
         if name == job.only:
             break
     return PipelineResult(done["publish"].notes["ref"] if "publish" in done else None, done, report)
+
+
+def _augment(
+    config: DistillConfig, inputs: Inputs, splits: dict[str, Path], folder: Path, progress: Progress
+) -> Result:
+    own = config.augment
+    assert own is not None  # else it is no stage of this job
+    voice: Voice
+    if own.endpoint is not None:
+        voice = ApiVoice(own.endpoint, "augment.endpoint", folder / "spent.json")
+    else:
+        voice = EngineVoice(
+            inputs.teacher, config.evaluate.engine, ChatTokenizer(str(inputs.teacher)), "augment"
+        )
+    return augment.run(own, voice, splits, [*config.collect.holdout, inputs.dataset], folder, progress)
 
 
 def pin_inputs(config: DistillConfig) -> Inputs:
@@ -151,8 +187,15 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
         own["held_out"] = [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
     elif name == "publish":
         own["gates"] = [g.model_dump(mode="json") for g in config.gates]
-    elif name in ("teach", "evaluate"):
+    elif name in ("augment", "teach", "evaluate"):
         own["teacher"] = inputs.teacher_digest
+    if name == "augment":
+        own["prompts"] = prompt_digests(config.augment.prompts if config.augment else None)
+        own["held_out"] = [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
+    if name == "teach" and config.teach.teachers:
+        own["teachers"] = {
+            t.name: model_digest(t.model) for t in config.teach.teachers if t.model is not None
+        }
     if name == "evaluate":
         own["dataset_digest"] = inputs.dataset_digest
     return key_config(getattr(config, name)) | own
@@ -176,11 +219,12 @@ def plan(config: DistillConfig) -> list[tuple[str, str, str]]:
     job = Job(config.workdir, Progress(config.workdir / "progress.json"))
     done: dict[str, Manifest] = {}
     rows = []
-    for name in ORDER:
-        if any(p not in done for p in PARENTS[name]):
-            rows.append((name, "waits", "for " + ", ".join(p for p in PARENTS[name] if p not in done)))
+    for name in order_of(config):
+        parents = parents_of(config, name)
+        if any(p not in done for p in parents):
+            rows.append((name, "waits", "for " + ", ".join(p for p in parents if p not in done)))
             continue
-        folder = job.folder(name, settings(config, inputs, name), {p: done[p] for p in PARENTS[name]})
+        folder = job.folder(name, settings(config, inputs, name), {p: done[p] for p in parents})
         manifest = read_manifest(folder)
         if manifest is not None:
             done[name] = manifest

@@ -22,6 +22,7 @@ from distill_jobs.progress import Event, Progress
 from distill_jobs.stage import ORDER, Job, Result, locked
 from registry.fake import FakeRegistry
 from tests.integration.pipeline_world import config_of, write_logs, write_model
+from tests.unit.fake_openai import FakeOpenAI, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -270,3 +271,34 @@ def test_a_manifest_is_written_last(tmp_path: Path) -> None:
         job.stage("collect", {}, {}, work)
     (folder,) = tmp_path.glob("collect-*")
     assert [f.name for f in folder.iterdir()] == ["half"]
+
+
+def test_augment_is_a_stage_only_where_it_is_configured(world: World) -> None:
+    """Between collect and teach, with a manifest of its own; teach learns what it added, quantize and
+    evaluate do not see it, and without the section nothing changes.
+    """
+    plain = world.run().manifests
+    with serving(FakeOpenAI(chat=lambda body: ["an altogether different question"])) as fake:
+        paraphrase = {"samples": 3, "keep_answer": True}
+        config = world.config(
+            augment={"paraphrase": paraphrase, "endpoint": {"url": fake.url, "model": "big"}}
+        )
+        assert [n for n, _, _ in plan(config)] == ["collect", "augment", *ORDER[1:]]
+        world.run(config, only="augment")
+        manifests = world.run(config, only="teach").manifests
+    assert list(manifests) == ["collect", "augment", "teach"]
+    assert manifests["augment"].counts["written"] == 3
+    kept = manifests["augment"].counts["train"] - manifests["augment"].counts["logged"]
+    assert kept == 1
+    assert manifests["teach"].parents == {n: manifests[n].key for n in ("collect", "augment")}
+    assert manifests["collect"].key == plain["collect"].key
+    assert manifests["teach"].counts["train"] == plain["teach"].counts["train"] + 1
+    with pytest.raises(ConfigError, match="no stage 'augment' in this job"):
+        world.run(only="augment")
+
+
+def test_distributions_that_nobody_keeps_cannot_be_learned(world: World) -> None:
+    """teach.scheme: text with a divergence to minimise is refused before anything runs."""
+    with pytest.raises(ConfigError, match=r"train\.loss\.kd_weight must be 0"):
+        world.config(teach__scheme="text")
+    assert world.config(teach__scheme="text", train__loss={"kd_weight": 0}).teach.scheme == "text"

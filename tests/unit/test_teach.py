@@ -19,6 +19,7 @@ from distill_jobs.config import EngineConfig, TeachConfig
 from distill_jobs.engine import write_lines
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
+from distill_jobs.teaching.size import cache_size
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.training.data import Rows
 from tests.integration.pipeline_world import write_model, write_tokenizer
@@ -102,14 +103,18 @@ def test_rows_hold_prompt_then_answer_then_end(tmp_path: Path, teacher: Path) ->
 
 def test_the_trainer_reads_what_teach_writes(tmp_path: Path, teacher: Path) -> None:
     """The trainer's own reader accepts the folder; the manifest beside the parts says k, teacher,
-    vocabulary.
+    vocabulary, and a digest of the rows that another answer changes.
     """
     result = run(tmp_path, teacher, SAMPLES, TeachConfig(k=3, shard_rows=2))
     folder = Path(result.outputs["train"].path)
     rows = Rows(folder, max_length=128, with_teacher=True)
     assert (len(rows), rows.k) == (3, 3)
     about = json.loads((folder / "manifest.json").read_text())
-    assert about == {"k": 3, "teacher_digest": "digest", "vocab_size": 320, "rows": 3}
+    rows_digest = about.pop("rows_digest")
+    assert about == {"k": 3, "teacher_digest": "digest", "vocab_size": 320, "scheme": "topk", "rows": 3}
+    changed = run(tmp_path, teacher, [*SAMPLES[:2], sample("hi", "y")], TeachConfig(k=3, shard_rows=2))
+    again = json.loads((Path(changed.outputs["train"].path) / "manifest.json").read_text())
+    assert (again["rows"], again["rows_digest"] == rows_digest) == (3, False)
 
 
 def test_finished_parts_are_kept_and_changed_ones_made_again(tmp_path: Path, teacher: Path) -> None:
@@ -167,11 +172,22 @@ def test_long_samples_are_counted_and_none_left_is_an_error(tmp_path: Path, teac
 
 
 def test_the_cache_size_is_said_beforehand() -> None:
-    """1,000 positions of top 20 take 4 + 2 bytes each: 0.12 MB."""
-    assert (
-        teach.cache_size(1000, 20, 7)
-        == "teach: 7 samples, 1000 positions x top 20: the cache takes about 0.1 MB"
+    """1,000 positions: top 20 take 4 + 2 bytes each (0.12 MB); full logits of 32,000 tokens in 16 bits 64 kB
+    each.
+    """
+    topk, sampled = TeachConfig(k=20), TeachConfig(scheme="sampled", draws=12)
+    assert cache_size(topk, 7, 1000, 32_000, 64) == (
+        "teach: 7 samples, 1000 positions x top 20: the cache takes about 0.1 MB (120 bytes a position, 1/533"
+        " of full logits)"
     )
+    assert "12 draws: the cache takes about 0.1 MB (72 bytes" in cache_size(sampled, 7, 1000, 32_000, 64)
+    assert "(128 bytes a position, 1/500" in cache_size(TeachConfig(scheme="hidden"), 7, 1000, 32_000, 64)
+
+
+def test_a_cache_over_the_limit_is_refused_with_the_way_out() -> None:
+    """A billion positions x 120 bytes are 120 GB: the message says the limit's name and what would fit."""
+    with pytest.raises(ConfigError, match=r"120 GB .*teach\.max_cache_gb = 100.*12 draws take 72 GB"):
+        cache_size(TeachConfig(k=20), 7, 10**9, 32_000, 64)
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
