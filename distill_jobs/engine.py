@@ -7,7 +7,7 @@ about metrics, requests or graders. `run_engine` is the caller's side of it.
 A job: {"model": folder, "engine": EngineConfig, "out": folder, and any of
   "answer": {"prompts": FILE, "max_tokens": n}            -> out/answers.jsonl
   "score":  {"rows": FILE | null, "limit": n, "topk": k}  -> out/rows.jsonl, out/scores.parquet
-  "speed":  {"prompts": FILE, "batch": n, "tokens": n}    -> in the result}
+  "speed":  {"prompts": FILE, "batch": n, "tokens": n, "ttft": n} -> in the result}
 Prompt files are JSON lines of {"id", "ids"}; rows add "completion". Without rows, the answers are scored.
 """
 
@@ -51,8 +51,24 @@ def run_engine(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "job.json", json.dumps({**job, "engine": engine.model_dump()}) + "\n")
     result = out / "result.json"
+    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
+    run_worker(
+        argv,
+        result,
+        out / "engine.log",
+        engine_environment(engine),
+        engine.timeout_s,
+        EngineError,
+        on_progress,
+    )
+    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return done
+
+
+def engine_environment(engine: EngineConfig) -> dict[str, str]:
+    """What a process that runs vLLM for a job finds in its environment."""
     root = str(Path(__file__).resolve().parents[1])
-    env = {
+    return {
         # 'auto' binds every engine on the machine to the same core; the ones that serve are there too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(engine.threads),
@@ -61,10 +77,21 @@ def run_engine(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
     }
-    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
-    run_worker(argv, result, out / "engine.log", env, engine.timeout_s, EngineError, on_progress)
-    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return done
+
+
+def engine_options(model: str, engine: dict[str, Any]) -> dict[str, Any]:
+    """An EngineConfig (as JSON values) as arguments of vLLM's LLM."""
+    return {
+        "model": model,
+        "dtype": engine["dtype"],
+        "enforce_eager": engine["enforce_eager"],
+        "max_model_len": engine["max_model_len"],
+        "max_num_seqs": engine["max_num_seqs"],
+        # Scoring needs logits at every prompt position: this bounds them.
+        "max_num_batched_tokens": max(2048, engine["max_model_len"]),
+        "kv_cache_memory_bytes": engine["kv_cache_bytes"],
+        "seed": 0,
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -89,6 +116,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     out = Path(job["out"])
     started = time.monotonic()
+    used_before = _gpu_used()
     llm = _load(job)
     loaded = time.monotonic()
     result: dict[str, Any] = {"engine": engine_name(), "load_s": loaded - started}
@@ -98,6 +126,7 @@ def main(job_file: str) -> None:
         _answer(llm, job["answer"], out)
     if "score" in job:
         _score(llm, job["score"], out, job["engine"]["max_model_len"])
+    result["memory"] = _memory(used_before)
     result["seconds"] = time.monotonic() - started
     write_atomic(out / "result.json", json.dumps(result) + "\n")
 
@@ -105,19 +134,8 @@ def main(job_file: str) -> None:
 def _load(job: dict[str, Any]) -> LLM:
     from vllm import LLM
 
-    engine = job["engine"]
-    return LLM(
-        model=job["model"],
-        dtype=engine["dtype"],
-        enforce_eager=engine["enforce_eager"],
-        max_model_len=engine["max_model_len"],
-        max_num_seqs=engine["max_num_seqs"],
-        # Scoring needs logits at every prompt position: this bounds them.
-        max_num_batched_tokens=max(2048, engine["max_model_len"]),
-        kv_cache_memory_bytes=engine["kv_cache_bytes"],
-        max_logprobs=max(20, job.get("score", {}).get("topk", 0)),
-        seed=0,
-    )
+    options = engine_options(job["model"], job["engine"])
+    return LLM(**options, max_logprobs=max(20, job.get("score", {}).get("topk", 0)))
 
 
 def _generate(llm: LLM, prompts: list[list[int]], **params: Any) -> list[Any]:
@@ -139,7 +157,49 @@ def _speed(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
         outputs = _generate(llm, batch, **params)
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
         best = max(best, tokens / (time.monotonic() - began))
-    return {"tokens_per_s": best, "batch": job["batch"], "tokens": job["tokens"]}
+    waits = _waits(llm, prompts[: job.get("ttft", 1)])
+    return {"tokens_per_s": best, "batch": job["batch"], "tokens": job["tokens"], "ttft_s": waits}
+
+
+def _waits(llm: LLM, prompts: list[list[int]]) -> list[float]:
+    """Seconds to the first token of each prompt, asked alone; the prefix cache of earlier runs is emptied."""
+    llm.reset_prefix_cache()
+    waits = []
+    for prompt in prompts:
+        began = time.monotonic()
+        _generate(llm, [prompt], max_tokens=1, detokenize=False)
+        waits.append(time.monotonic() - began)
+    return waits
+
+
+def _memory(used_before: int) -> dict[str, int]:
+    """Bytes: the largest resident sets of this process and its children, added, and what the job took of the
+    GPUs (0 without one). Models, activations and the KV cache that was asked for are in both.
+    """
+    import psutil
+
+    me = psutil.Process()
+    peak = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue  # it ended while we looked, or there is no /proc here
+        lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+        peak += int(lines[0].split()[1]) * 1024 if lines else 0
+    return {"peak_rss": peak, "gpu": max(0, _gpu_used() - used_before)}
+
+
+def _gpu_used() -> int:
+    """Bytes in use on all GPUs, by NVML, which needs no CUDA context (vLLM makes its own after a fork)."""
+    from vllm.third_party import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(h).used) for h in handles)
 
 
 def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
@@ -154,7 +214,9 @@ def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
         for start in range(0, len(todo), _CHUNK):
             chunk = todo[start : start + _CHUNK]
             for prompt, output in zip(
-                chunk, _generate(llm, [p["ids"] for p in chunk], max_tokens=job["max_tokens"]), strict=True
+                chunk,
+                _generate(llm, [p["ids"] for p in chunk], max_tokens=job["max_tokens"], logprobs=0),
+                strict=True,
             ):
                 best = output.outputs[0]
                 row = {
@@ -163,6 +225,9 @@ def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
                     "completion": list(best.token_ids),
                     "text": best.text,
                     "finish_reason": best.finish_reason,
+                    "logprobs": [
+                        round(p[i].logprob, 5) for p, i in zip(best.logprobs, best.token_ids, strict=True)
+                    ],
                 }
                 sink.write(json.dumps(row) + "\n")
             sink.flush()
