@@ -102,7 +102,7 @@ def _run(
     from distill_jobs.pipeline import run_pipeline
 
     # A scheduler says SIGTERM where a person says Ctrl-C; both must end the workers.
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, as_interrupt)
     return run_pipeline(
         config,
         only=stage,
@@ -112,7 +112,8 @@ def _run(
     )
 
 
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
+def as_interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler: what Ctrl-C does."""
     raise KeyboardInterrupt
 
 

@@ -102,6 +102,7 @@ def _evaluate(model: Any, task: Path, limit: int | None) -> dict[str, Any]:
         task_manager=manager,
         limit=limit,
         log_samples=True,
+        apply_chat_template=True,
         bootstrap_iters=0,
         confirm_run_unsafe_code=False,
     )
