@@ -51,24 +51,8 @@ def run_engine(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "job.json", json.dumps({**job, "engine": engine.model_dump()}) + "\n")
     result = out / "result.json"
-    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
-    run_worker(
-        argv,
-        result,
-        out / "engine.log",
-        engine_environment(engine),
-        engine.timeout_s,
-        EngineError,
-        on_progress,
-    )
-    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return done
-
-
-def engine_environment(engine: EngineConfig) -> dict[str, str]:
-    """What a process that runs vLLM for a job finds in its environment."""
     root = str(Path(__file__).resolve().parents[1])
-    return {
+    env = {
         # 'auto' binds every engine on the machine to the same core; the ones that serve are there too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(engine.threads),
@@ -77,21 +61,10 @@ def engine_environment(engine: EngineConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
     }
-
-
-def engine_options(model: str, engine: dict[str, Any]) -> dict[str, Any]:
-    """An EngineConfig (as JSON values) as arguments of vLLM's LLM."""
-    return {
-        "model": model,
-        "dtype": engine["dtype"],
-        "enforce_eager": engine["enforce_eager"],
-        "max_model_len": engine["max_model_len"],
-        "max_num_seqs": engine["max_num_seqs"],
-        # Scoring needs logits at every prompt position: this bounds them.
-        "max_num_batched_tokens": max(2048, engine["max_model_len"]),
-        "kv_cache_memory_bytes": engine["kv_cache_bytes"],
-        "seed": 0,
-    }
+    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
+    run_worker(argv, result, out / "engine.log", env, engine.timeout_s, EngineError, on_progress)
+    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return done
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -134,8 +107,19 @@ def main(job_file: str) -> None:
 def _load(job: dict[str, Any]) -> LLM:
     from vllm import LLM
 
-    options = engine_options(job["model"], job["engine"])
-    return LLM(**options, max_logprobs=max(20, job.get("score", {}).get("topk", 0)))
+    engine = job["engine"]
+    return LLM(
+        model=job["model"],
+        dtype=engine["dtype"],
+        enforce_eager=engine["enforce_eager"],
+        max_model_len=engine["max_model_len"],
+        max_num_seqs=engine["max_num_seqs"],
+        # Scoring needs logits at every prompt position: this bounds them.
+        max_num_batched_tokens=max(2048, engine["max_model_len"]),
+        kv_cache_memory_bytes=engine["kv_cache_bytes"],
+        max_logprobs=max(20, job.get("score", {}).get("topk", 0)),
+        seed=0,
+    )
 
 
 def _generate(llm: LLM, prompts: list[list[int]], **params: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from distill_jobs.config import EngineConfig, EvaluateConfig
 from distill_jobs.engine import engine_name, read_lines, run_engine, write_lines
 from distill_jobs.evaluation_set import read_rows
 from distill_jobs.keys import output_file, sha256_of
-from distill_jobs.measuring.harness import check_tasks, read_tasks, run_tasks
+from distill_jobs.measuring.harness import check_tasks, read_tasks, run_tasks, tasks_digest
 from distill_jobs.measuring.intervals import Bootstrap
 from distill_jobs.measuring.statistics import Statistic, save
 from distill_jobs.measuring.subject import Measured, Output, measure, read_output
@@ -81,7 +81,7 @@ def _folder(config: EvaluateConfig, subjects: Subjects, folder: Path, name: str)
     if digest is None or not config.cache_teacher:
         return folder / name
     settings = config.model_dump(mode="json", exclude=_ARITHMETIC | {"cache_teacher"})
-    parts = [digest, subjects.dataset_digest, engine_name(), settings]
+    parts = [digest, subjects.dataset_digest, engine_name(), settings, tasks_digest(config.lm_eval)]
     key = sha256_of(parts if name == TEACHER else [*parts, subjects.teacher_digest])
     return subjects.cache_dir / f"{name}-evaluation-{key[:16]}"
 

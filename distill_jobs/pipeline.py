@@ -21,6 +21,7 @@ from distill_jobs.collecting.window import Segment, pin_window
 from distill_jobs.config import DistillConfig
 from distill_jobs.evaluation_set import pin_dataset, read_rows
 from distill_jobs.keys import key_config, model_digest, model_folder
+from distill_jobs.measuring.harness import tasks_digest
 from distill_jobs.progress import Listener, Progress
 from distill_jobs.stage import ORDER, Job, Work, locked, read_manifest
 from registry.digest import digest_file
@@ -163,6 +164,7 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
         own["teacher"] = inputs.teacher_digest
     if name == "evaluate":
         own["dataset_digest"] = inputs.dataset_digest
+        own["lm_eval_digest"] = tasks_digest(config.evaluate.lm_eval)
         if inputs.champion is not None and inputs.champion.record is not None:
             own["champion"] = inputs.champion.record.artifact.digest
             own["champion_stored"] = _stored(config, inputs)

@@ -1,5 +1,4 @@
-"""lm-eval's tasks on one model, through vLLM in a process of its own (`python -m
-distill_jobs.measuring.harness`).
+"""lm-eval's tasks on one model, in a process of its own (`python -m distill_jobs.measuring.harness`).
 
 A task is a YAML file of the user's beside its data, or one that lm-eval comes with and whose data is on this
 machine; nothing is fetched. Knows nothing about the other metrics.
@@ -15,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contracts.config import write_atomic
+from contracts.config import parse_config, write_atomic
 from contracts.errors import ConfigError, EngineError
-from distill_jobs.config import EvaluateConfig
-from distill_jobs.engine import engine_environment, engine_options
+from distill_jobs.config import EngineConfig, EvaluateConfig
+from distill_jobs.keys import sha256_of
 from distill_jobs.measuring.statistics import Statistic, mean_of
 from distill_jobs.worker_process import die_with_parent, run_worker
+from registry.digest import digest_folder
 
 RESULT = "lm-eval.json"
 
@@ -35,6 +35,11 @@ def check_tasks(tasks: tuple[str, ...]) -> None:
             raise ConfigError(f"evaluate.lm_eval: {path} holds no *.yaml task.")
 
 
+def tasks_digest(tasks: tuple[str, ...]) -> str:
+    """What the tasks are: the content of the user's files, the names of lm-eval's own."""
+    return sha256_of([digest_folder(Path(t)) if Path(t).exists() else t for t in tasks])
+
+
 def run_tasks(config: EvaluateConfig, model: Path, out: Path) -> None:
     """Run the tasks on a model and leave `lm-eval.json`. Raises: EngineError with the end of the log."""
     job = {
@@ -44,14 +49,17 @@ def run_tasks(config: EvaluateConfig, model: Path, out: Path) -> None:
         "limit": config.lm_eval_limit,
         "engine": config.engine.model_dump(),
     }
+    root = str(Path(__file__).resolve().parents[2])
     write_atomic(out / "lm-eval-job.json", json.dumps(job) + "\n")
-    env = engine_environment(config.engine) | {
+    env = {
+        "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_DATASETS_CACHE": str((out / "lm-eval-data").resolve()),
-        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
     }
     argv = [sys.executable, "-m", "distill_jobs.measuring.harness", str(out / "lm-eval-job.json")]
-    run_worker(argv, out / RESULT, out / "lm-eval.log", env, config.engine.timeout_s, EngineError)
+    run_worker(argv, out / RESULT, out / "lm-eval.log", env, 2 * config.engine.timeout_s, EngineError)
 
 
 def read_tasks(folder: Path) -> tuple[dict[str, Statistic], dict[str, float | None]]:
@@ -71,18 +79,19 @@ def read_tasks(folder: Path) -> tuple[dict[str, Statistic], dict[str, float | No
 
 
 def main(job_file: str) -> None:
-    """The worker: one engine, then every folder's tasks from inside it, so that data is found beside them."""
+    """The worker: every folder's tasks from inside it, so that data is found beside them."""
     die_with_parent()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    from lm_eval.models.vllm_causallms import VLLM
+    from distill_jobs.measuring.harness_model import EngineModel
 
-    # lm-eval names two of LLM's arguments otherwise.
-    options = engine_options(job["model"], job["engine"])
-    model = VLLM(pretrained=options.pop("model"), max_gen_toks=64, **options)
+    out = Path(job["out"])
+    model = EngineModel(
+        Path(job["model"]), parse_config(job["engine"], EngineConfig), out / "lm-eval-requests"
+    )
     found: dict[str, Any] = {}
     for task in job["tasks"]:
         found |= _evaluate(model, Path(task), job["limit"])
-    write_atomic(Path(job["out"]) / RESULT, json.dumps(found) + "\n")
+    write_atomic(out / RESULT, json.dumps(found) + "\n")
 
 
 def _evaluate(model: Any, task: Path, limit: int | None) -> dict[str, Any]:

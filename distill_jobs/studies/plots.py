@@ -23,7 +23,7 @@ _INK, _BLUE, _AMBER, _GREY = "#0f172a", "#2563eb", "#d97706", "#94a3b8"
 
 def learning_curve(study: StudyConfig, summary: Summary, file: Path) -> None:
     """Metric by training rows, log axis: every trial, means with intervals, the fit and its extrapolation."""
-    figure, axis = _figure(7.2, 4.2)
+    figure, axis = new_figure(7.2, 4.2)
     curve, lines = summary.curve, summary.shares
     assert curve is not None
     most = lines[-1].rows
@@ -48,12 +48,12 @@ def learning_curve(study: StudyConfig, summary: Summary, file: Path) -> None:
     axis.set_ylabel(_label(study))
     axis.set_title("Size of the data", loc="left", fontsize=11, fontweight="bold")
     axis.legend(fontsize=8, frameon=False)
-    _write(figure, file)
+    write_figure(figure, file)
 
 
 def knob(study: StudyConfig, name: str, lines: list[Line], base: Line, file: Path) -> None:
     """Metric by a knob's value; a log axis for numbers that span a decade, even places for anything else."""
-    figure, axis = _figure(6.0, 3.6)
+    figure, axis = new_figure(6.0, 3.6)
     values = [line.setting.value for line in lines]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     places = [float(v) for v in values] if numeric else [float(i) for i in range(len(values))]
@@ -73,7 +73,7 @@ def knob(study: StudyConfig, name: str, lines: list[Line], base: Line, file: Pat
     axis.set_ylabel(_label(study))
     axis.set_title(name, loc="left", fontsize=11, fontweight="bold")
     axis.legend(fontsize=8, frameon=False)
-    _write(figure, file)
+    write_figure(figure, file)
 
 
 def _means(axis: Axes, places: list[float], lines: list[Line]) -> None:
@@ -104,7 +104,7 @@ def _label(study: StudyConfig) -> str:
     return f"{study.metric} ({'less' if study.minimise else 'more'} is better)"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of its own canvas: no window system, no state shared with other code's pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -117,7 +117,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _write(figure: Figure, file: Path) -> None:
+def write_figure(figure: Figure, file: Path) -> None:
+    """Save as PNG, atomically."""
     out = io.BytesIO()
     figure.tight_layout()
     figure.savefig(out, format="png", dpi=150)
