@@ -39,7 +39,7 @@ def learning_curve(study: StudyConfig, summary: Summary, file: Path) -> None:
     axis.plot(fine[known], curve.at(fine[known]), color=_BLUE, label=shown)
     axis.plot(fine[~known], curve.at(fine[~known]), color=_BLUE, linestyle="--", label="extrapolated")
     for line in lines:
-        axis.plot([line.rows] * len(line.values), line.values, "o", color=_GREY, markersize=4, zorder=3)
+        axis.plot([line.rows] * len(line.values), line.values, "o", color=_GREY, markersize=3, zorder=5)
     axis.plot([], [], "o", color=_GREY, markersize=4, label="a trial (one seed)")
     _means(axis, [float(line.rows) for line in lines], lines)
     axis.set_xscale("log")
@@ -58,7 +58,7 @@ def knob(study: StudyConfig, name: str, lines: list[Line], base: Line, file: Pat
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     places = [float(v) for v in values] if numeric else [float(i) for i in range(len(values))]
     for place, line in zip(places, lines, strict=True):
-        axis.plot([place] * len(line.values), line.values, "o", color=_GREY, markersize=4)
+        axis.plot([place] * len(line.values), line.values, "o", color=_GREY, markersize=3, zorder=5)
     _means(axis, places, lines)
     axis.axhline(base.mean, color=_AMBER, linewidth=1, linestyle="--", label=f"base {base.mean:.4g}")
     if numeric and min(places) > 0 and max(places) >= 10 * min(places):

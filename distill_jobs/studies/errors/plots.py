@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.font_manager import findfont, get_font
 from scipy.stats import beta
 
 from distill_jobs.studies.errors.slices import Slice
@@ -76,7 +77,11 @@ def write_slices(slices: list[Slice], overall: float, file: Path) -> None:
         shares, places, xerr=[shares - low, high - shares], fmt="o", color=_RED, capsize=3, markersize=4
     )
     axis.axvline(overall, color=_BLUE, linestyle="--", linewidth=1, label=f"all requests {overall:.1%}")
-    axis.set_yticks(places, [f"{_short(s.name, 48)}  ({s.lost}/{s.requests})" for s in slices], fontsize=7)
+    axis.set_yticks(
+        places,
+        [f"{i}. {_short(s.name, 48)}  ({s.lost}/{s.requests})" for i, s in enumerate(slices, start=1)],
+        fontsize=7,
+    )
     axis.set_xlim(-0.02, 1.02)
     axis.set_ylim(-0.6, len(slices) - 0.4)
     axis.set_xlabel("share of the slice's requests that is lost")
@@ -85,6 +90,9 @@ def write_slices(slices: list[Slice], overall: float, file: Path) -> None:
 
 
 def _short(text: str, most: int = 26) -> str:
-    """A label that fits; matplotlib would read dollar signs as formulas."""
-    plain = text.replace("$", r"\$")
-    return plain if len(plain) <= most else plain[: most - 1] + "…"
+    """A label that fits and can be drawn: what the font has no sign for (it has no CJK) is spelt as a code,
+    and dollar signs are no formulas.
+    """
+    font = get_font(findfont("DejaVu Sans"))
+    plain = "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):X} " for c in text).strip()
+    return (plain if len(plain) <= most else plain[: most - 1] + "…").replace("$", r"\$")

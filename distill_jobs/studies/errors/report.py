@@ -65,19 +65,19 @@ def _slices(analysis: Analysis, folder: Path) -> list[str]:
         "",
         "![Share lost by slice](slices.png)",
         "",
-        "| slice | requests | lost | share | elsewhere | q |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | slice | requests | lost | share | elsewhere | q |",
+        "|---:|---|---:|---:|---:|---:|---:|",
     ]
     return lines + [
-        f"| {_cell(s.name)} | {s.requests} | {s.lost} | {s.share:.0%} | {s.elsewhere:.1%} | {s.q:.2g} |"
-        for s in found.slices
+        f"| {i} | {_cell(s.name)} | {s.requests} | {s.lost} | {s.share:.0%} | {s.elsewhere:.1%} | {s.q:.2g} |"
+        for i, s in enumerate(found.slices, start=1)
     ]
 
 
 def _confusion(analysis: Analysis, folder: Path) -> list[str]:
     predicted = analysis.answers.predicted[analysis.model]
     rows, columns, counts = plots.confusion(analysis.answers.classes, predicted)
-    title = f"{analysis.model}: class of the reference by class of its answer"
+    title = f"the {analysis.model}'s classes"
     plots.write_confusion(rows, columns, counts, title, folder / "confusion.png")
     wrong = [
         (int(counts[i, j]), r, c)
