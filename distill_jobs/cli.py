@@ -155,9 +155,11 @@ def _print_plan(console: Console, config: DistillConfig) -> None:
 def _print_result(console: Console, result: PipelineResult) -> None:
     evaluated = result.manifests.get("evaluate")
     if evaluated is not None:
-        table = Table("metric", "value")
+        table = Table("metric", "value", "interval")
         for name, value in sorted(evaluated.metrics.items()):
-            table.add_row(name, "not measured" if value is None else f"{value:,.4g}")
+            interval = evaluated.intervals.get(name)
+            shown = "" if interval is None else f"{interval[0]:,.4g} to {interval[1]:,.4g}"
+            table.add_row(name, "not measured" if value is None else f"{value:,.4g}", shown)
         console.print(table)
     if result.ref is None:
         console.print(f"Finished: {', '.join(result.manifests)}.")

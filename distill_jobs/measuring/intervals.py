@@ -33,8 +33,8 @@ class Bootstrap:
     def interval(self, statistic: Statistic) -> Interval | None:
         """The interval of a metric; None with fewer than two requests that say anything.
 
-        A share that is 0 or 1 looks certain to any bootstrap (all resamples are alike); its interval is
-        Clopper and Pearson's exact one.
+        What is the same in all resamples looks certain to any bootstrap. A share of 0 or 1 gets Clopper and
+        Pearson's exact interval; anything else (a perfect F1, say) has none, rather than one without width.
         """
         n = int(statistic.contributing.sum())
         if n < 2:
@@ -69,7 +69,7 @@ class Bootstrap:
     def _limits(self, value: float | None, resampled: np.ndarray, left_out: np.ndarray) -> Interval | None:
         """Quantiles of the resampled values, adjusted for bias and acceleration when asked for."""
         found = resampled[np.isfinite(resampled)]
-        if value is None or len(found) < 0.9 * len(resampled):
+        if value is None or len(found) < 0.9 * len(resampled) or np.ptp(found) == 0:
             return None
         tails = np.array([(1 - self.config.level) / 2, (1 + self.config.level) / 2])
         if self.config.method == "bca":

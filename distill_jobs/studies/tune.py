@@ -66,7 +66,11 @@ def _tuner(jobs: list[TrialJob], folder: Path, parallel: int) -> Any:
     return tune.Tuner(
         trainable,
         param_space={"job": tune.grid_search([asdict(job) for job in jobs])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=parallel, trial_name_creator=_trial_name),
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=parallel,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(folder.resolve()),

@@ -232,6 +232,9 @@ def test_perfect_scores_are_not_certain() -> None:
     short = 1 - 0.025 ** (1 / 20)
     assert bootstrap.interval(perfect) == pytest.approx((1 - short, 1.0))
     assert bootstrap.interval(mean_of([0.0] * 20)) == pytest.approx((0.0, short))
+    flawless = class_statistics(["a", "b"] * 10, ["a", "b"] * 10)["f1_macro"]
+    assert flawless.value() == 1.0
+    assert bootstrap.interval(flawless) is None, "no width is no knowledge"
     assert bootstrap.ratio(perfect, perfect) == pytest.approx((1 - short, 1 + short))
 
 

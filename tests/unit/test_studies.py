@@ -15,9 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import ttest_1samp
+from typer.testing import CliRunner
 
+from cli.main import app
 from contracts.config import load_config, parse_config
 from contracts.errors import ConfigError, DataError
+from distill_jobs.keys import output_file
+from distill_jobs.stage import Result
 from distill_jobs.studies import study as study_module
 from distill_jobs.studies.config import StudyConfig
 from distill_jobs.studies.learning_curve import Gain, Worth, doubling, fit, sentence
@@ -342,3 +346,61 @@ def test_a_metric_that_was_not_measured_is_told_with_those_that_were(
     found = {Setting(): [{"rows": 1.0, "validation.ce": 1.0, "validation.kl": None}]}
     with pytest.raises(DataError, match=r"validation\.kl was not measured \(base\).*validation\.ce"):
         study_module._check(study_of(tmp_path, metric="validation.kl"), found)
+
+
+def test_a_trial_with_the_evaluate_stage_measures_its_own_student(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantize and evaluate get the trial's student and the job's evaluation set; their metrics join the
+    losses; a finished trial is read, not run.
+    """
+    job = config_of(tmp_path)
+    seen: dict[str, Any] = {}
+
+    def quantize(config: Any, student: Path, splits: Any, folder: Path, progress: Any) -> Any:
+        seen["quantized"] = (student, splits)
+        (folder / "artifact").mkdir()
+        (folder / "artifact" / "w").write_text("w")
+        return Result({"artifact": output_file(folder / "artifact")})
+
+    def evaluate(config: Any, subjects: Any, folder: Path, progress: Any) -> Any:
+        seen["subjects"] = subjects
+        return Result({}, metrics={"quantized.accuracy": 0.75})
+
+    write_model(tmp_path / "student", hidden=32, layers=1, seed=1)
+    monkeypatch.setattr("distill_jobs.studies.run_trial.quantize.run", quantize)
+    monkeypatch.setattr("distill_jobs.studies.run_trial.evaluate.run", evaluate)
+    training = FakeTraining()
+    monkeypatch.setattr("distill_jobs.studies.run_trial.validation_losses", fake_losses(training))
+    rows = str(write_rows(tmp_path / "rows"))
+    folder = tmp_path / "trials" / "t"
+    trial = TrialJob(
+        folder=str(folder), config=job, share=0.5, seed=0, rows={"train": rows, "validation": rows},
+        evaluate=True, collected={"calibration": "c.parquet"}, dataset="d.jsonl", dataset_digest="dd",
+        teacher_digest="t", keep_models=True,
+    )  # fmt: skip
+    found = run_trial(trial, training)
+    assert (found["quantized.accuracy"], found["rows"]) == (0.75, 60.0)
+    assert seen["quantized"] == (folder / "student", {"calibration": Path("c.parquet")})
+    assert seen["subjects"].models == {
+        "teacher": tmp_path / "teacher",
+        "student": folder / "student",
+        "quantized": folder / "quantize" / "artifact",
+    }
+    assert seen["subjects"].dataset_digest == "dd"
+    assert (folder / "student" / "config.json").is_file(), "keep_models"
+    assert run_trial(trial, training) == found
+    assert len(training.ran) == 1
+
+
+def test_the_command_shows_its_trials_and_refuses_with_a_reason(tmp_path: Path) -> None:
+    """`--dry-run` prints them; a file that is not there is one line and exit code 1."""
+    shown = CliRunner().invoke(app, ["study", str(ROOT / "configs/study-support.yaml"), "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    for text in ("base", "10% of the rows", "train.loss.temperature = 2.0"):
+        assert text in shown.output
+    study = {"folder": str(tmp_path), "distill": str(tmp_path / "none.yaml"), "data": {}}
+    (tmp_path / "s.yaml").write_text(json.dumps(study))
+    refused = CliRunner().invoke(app, ["study", str(tmp_path / "s.yaml")])
+    assert refused.exit_code == 1
+    assert "distill: there is no file" in " ".join(refused.output.split())
