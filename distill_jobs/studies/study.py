@@ -16,16 +16,19 @@ from contracts.dataset import Manifest
 from contracts.errors import DataError
 from distill_jobs.config import DistillConfig
 from distill_jobs.evaluation_set import pin_dataset
-from distill_jobs.keys import key_config, model_digest, model_folder, sha256_of
+from distill_jobs.keys import model_digest, model_folder, sha256_of
 from distill_jobs.pipeline import run_pipeline
 from distill_jobs.progress import Listener
-from distill_jobs.stage import locked
+from distill_jobs.stage import ORDER, locked
 from distill_jobs.studies.config import StudyConfig
 from distill_jobs.studies.report import write_report
 from distill_jobs.studies.run_trial import TrialJob, run_trial
 from distill_jobs.studies.summary import Metrics, Summary, summarise
 from distill_jobs.studies.trials import Setting, Trial, trial_key, trials_of
 from distill_jobs.studies.tune import OnDone, run_trials
+
+_AFTER_TEACH = {"train", "quantize", "evaluate", "gates", "publish"}
+"""Sections of a job that its training rows do not depend on."""
 
 Runner = Callable[[list[TrialJob], Path, int, float, str, OnDone], None]
 
@@ -72,9 +75,9 @@ def _jobs(
     jobs = []
     for trial in trials:
         config = trial.config
-        shared = sha256_of([key_config(config.collect), key_config(config.teach), config.teacher])
+        shared = sha256_of(config.model_dump(mode="json", exclude=_AFTER_TEACH))
         if shared not in made:
-            for stage in ("collect", "teach"):
+            for stage in ORDER[: ORDER.index("train")]:
                 made[shared] = run_pipeline(config, only=stage, say=say, listener=listener).manifests
         jobs.append(_job(study, trial, made[shared]))
     return jobs

@@ -77,9 +77,10 @@ def read_answers(workdir: Path, model: str, against: str) -> Answers:
 
 
 def read_training(workdir: Path) -> Training:
-    """The training samples of the newest finished collection."""
+    """The training samples of the newest finished collection, with those a teacher made of them (augment)."""
     evaluated = newest(workdir, "evaluate")
-    samples = pq.read_table(newest(workdir, "collect").output("train")).to_pylist()
+    stage = "augment" if any(workdir.glob("augment-*/manifest.json")) else "collect"
+    samples = pq.read_table(newest(workdir, stage).output("train")).to_pylist()
     requests = [_request(sample) for sample in samples]
     answers = [sample["answer"] for sample in samples]
     return Training(requests, answers, _classes(evaluated, requests, answers))
