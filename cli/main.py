@@ -100,6 +100,15 @@ def _print_error(err: StillhouseError) -> None:
 
 
 lazy.add(app, "distill", "distill_jobs.cli:distill", "Distil logged traffic into a quantized student.")
+lazy.add(
+    app,
+    "study",
+    "distill_jobs.studies.cli:study",
+    "Sweep a job's settings, and ask if more data is worth it.",
+)
+lazy.add(
+    app, "errors", "distill_jobs.studies.errors_cli:errors", "Where a student loses to its teacher, and why."
+)
 lazy.add(app, "keys", "cli.keys:app", "API keys: who may ask the routers, for what, and how much.")
 lazy.add(app, "routes", "cli.routes:app", "Routes: their splits, names, defaults and limits.")
 lazy.add(app, "judge", "cli.judge:app", "Judges (models that grade), held against people's judgements.")

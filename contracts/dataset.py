@@ -37,6 +37,8 @@ class Manifest(Record):
     counts: dict[str, int] = Field(default_factory=dict)
     """Rows in, rows dropped by each rule, rows out."""
     metrics: dict[str, float | None] = Field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Bootstrap intervals of those metrics that have one."""
     notes: dict[str, str] = Field(default_factory=dict)
     git_revision: str | None = None
     started_at: float = 0.0

@@ -28,6 +28,8 @@ class EvalReport(Record):
     """What was measured, all through the engine that will serve the artifact."""
 
     metrics: dict[str, float | None]
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Bootstrap intervals over the requests, of the metrics that have one."""
     samples: int
     dataset_digest: str
     engine: str

@@ -104,7 +104,7 @@ def _run(
     from distill_jobs.pipeline import run_pipeline
 
     # A scheduler says SIGTERM where a person says Ctrl-C; both must end the workers.
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, as_interrupt)
     return run_pipeline(
         config,
         only=stage,
@@ -114,7 +114,8 @@ def _run(
     )
 
 
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
+def as_interrupt(number: int, frame: FrameType | None) -> None:
+    """A signal handler: what Ctrl-C does."""
     raise KeyboardInterrupt
 
 
@@ -156,9 +157,11 @@ def _print_plan(console: Console, config: DistillConfig) -> None:
 def _print_result(console: Console, result: PipelineResult) -> None:
     evaluated = result.manifests.get("evaluate")
     if evaluated is not None:
-        table = Table("metric", "value")
+        table = Table("metric", "value", "interval")
         for name, value in sorted(evaluated.metrics.items()):
-            table.add_row(name, "not measured" if value is None else f"{value:,.4g}")
+            interval = evaluated.intervals.get(name)
+            shown = "" if interval is None else f"{interval[0]:,.4g} to {interval[1]:,.4g}"
+            table.add_row(name, "not measured" if value is None else f"{value:,.4g}", shown)
         console.print(table)
     if result.ref is None:
         console.print(f"Finished: {', '.join(result.manifests)}.")

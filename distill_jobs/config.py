@@ -142,15 +142,44 @@ class EngineConfig(StrictConfig):
     timeout_s: float = Field(default=1800, gt=0)
 
 
+class IntervalConfig(StrictConfig):
+    """Bootstrap intervals over the evaluation requests."""
+
+    method: Literal["bca", "percentile"] = "bca"
+    """bca: corrected for bias and skewness (Efron 1987). percentile: plain quantiles of the resamples."""
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    """Two-sided coverage."""
+    resamples: int = Field(default=2000, ge=100)
+    """Resamples of the requests; the same ones for every metric and model."""
+    seed: int = Field(default=0, ge=0)
+
+
 class EvaluateConfig(Section):
-    """What is measured, through vLLM, on teacher, student and quantized artifact."""
+    """What is measured, through vLLM, on teacher, student, quantized artifact and champion."""
 
     dataset: str
-    """JSONL file of {"request": {OpenAI chat body}} rows, or "module:function" that yields such rows."""
+    """JSONL file of {"request": {OpenAI chat body}, "answer": optional reference text} rows, or
+    "module:function" that yields such rows. Without an answer the teacher's is the reference."""
     dataset_args: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Keyword arguments of a dataset function (its seed and size)."""
     grader: str | None = None
     """ "module:function" called with (request, text) that returns True, False or None (cannot be graded)."""
+    classes: str | None = None
+    """The class of an answer, for precision, recall and F1: "json:PATH", a field of a JSON answer
+    (json:label, json:0.tool), or "module:function" called with (request, text) for a name or None."""
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = "13a"
+    """sacrebleu's tokenizer for BLEU: zh or char for Chinese. chrF, ROUGE need none."""
+    confidence: Literal["answer", "first_token"] = "answer"
+    """What calibration takes as a model's confidence: exp of the mean log-probability of its answer's tokens,
+    or the probability of the first one (for answers that are a label)."""
+    ece_bins: int = Field(default=10, ge=2)
+    """Equal-width bins of the expected calibration error."""
+    intervals: IntervalConfig = Field(default_factory=IntervalConfig)
+    lm_eval: tuple[str, ...] = ()
+    """lm-eval tasks: folders (or files) of YAML tasks, all run; or names of tasks that lm-eval comes with,
+    whose data must be on this machine. None is fetched."""
+    lm_eval_limit: int | None = Field(default=None, ge=1)
+    """Examples of each lm-eval task, the first; None takes all."""
     samples: int = Field(default=500, ge=1)
     """Requests answered for accuracy; the first of the dataset."""
     score_samples: int = Field(default=200, ge=1)
@@ -162,6 +191,8 @@ class EvaluateConfig(Section):
     speed_tokens: int = Field(default=64, ge=1)
     """tokens/s is measured over this many greedy tokens of each of speed_batch requests, end of text ignored.
     """
+    ttft_samples: int = Field(default=16, ge=1)
+    """Requests asked one after the other, with an empty prefix cache, for the time to the first token."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     cache_teacher: bool = True
     """Keep the teacher's evaluation, by teacher, dataset and engine version."""

@@ -8,7 +8,7 @@ A job: {"model": folder, "engine": EngineConfig, "out": folder, and any of
   "answer": {"prompts": FILE, "max_tokens": n, and to draw rather than be greedy: "temperature", "top_p", "n"}
                                                           -> out/answers.jsonl
   "score":  {"rows": FILE | null, "limit": n, "topk": k}  -> out/rows.jsonl, out/scores.parquet
-  "speed":  {"prompts": FILE, "batch": n, "tokens": n}    -> in the result}
+  "speed":  {"prompts": FILE, "batch": n, "tokens": n, "ttft": n} -> in the result}
 Prompt files are JSON lines of {"id", "ids"}; rows add "completion". Without rows, the answers are scored.
 """
 
@@ -91,6 +91,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     out = Path(job["out"])
     started = time.monotonic()
+    used_before = _gpu_used()
     llm = _load(job)
     loaded = time.monotonic()
     result: dict[str, Any] = {"engine": engine_name(), "load_s": loaded - started}
@@ -100,6 +101,7 @@ def main(job_file: str) -> None:
         _answer(llm, job["answer"], out)
     if "score" in job:
         _score(llm, job["score"], out, job["engine"]["max_model_len"])
+    result["memory"] = _memory(used_before)
     result["seconds"] = time.monotonic() - started
     write_atomic(out / "result.json", json.dumps(result) + "\n")
 
@@ -135,7 +137,7 @@ def _draw(llm: LLM, prompts: list[dict[str, Any]], job: dict[str, Any]) -> list[
 
     drawn = {name: job[name] for name in ("temperature", "top_p", "n") if name in job}
     if not drawn.get("temperature"):
-        return _generate(llm, [p["ids"] for p in prompts], max_tokens=job["max_tokens"])
+        return _generate(llm, [p["ids"] for p in prompts], max_tokens=job["max_tokens"], logprobs=0)
     settings = [
         SamplingParams(max_tokens=job["max_tokens"], seed=seed_of(str(p["id"])), **drawn) for p in prompts
     ]
@@ -154,7 +156,49 @@ def _speed(llm: LLM, job: dict[str, Any]) -> dict[str, Any]:
         outputs = _generate(llm, batch, **params)
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
         best = max(best, tokens / (time.monotonic() - began))
-    return {"tokens_per_s": best, "batch": job["batch"], "tokens": job["tokens"]}
+    waits = _waits(llm, prompts[: job.get("ttft", 1)])
+    return {"tokens_per_s": best, "batch": job["batch"], "tokens": job["tokens"], "ttft_s": waits}
+
+
+def _waits(llm: LLM, prompts: list[list[int]]) -> list[float]:
+    """Seconds to the first token of each prompt, asked alone; the prefix cache of earlier runs is emptied."""
+    llm.reset_prefix_cache()
+    waits = []
+    for prompt in prompts:
+        began = time.monotonic()
+        _generate(llm, [prompt], max_tokens=1, detokenize=False)
+        waits.append(time.monotonic() - began)
+    return waits
+
+
+def _memory(used_before: int) -> dict[str, int]:
+    """Bytes: the largest resident sets of this process and its children, added, and what the job took of the
+    GPUs (0 without one). Models, activations and the KV cache that was asked for are in both.
+    """
+    import psutil
+
+    me = psutil.Process()
+    peak = 0
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        except OSError:
+            continue  # it ended while we looked, or there is no /proc here
+        lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+        peak += int(lines[0].split()[1]) * 1024 if lines else 0
+    return {"peak_rss": peak, "gpu": max(0, _gpu_used() - used_before)}
+
+
+def _gpu_used() -> int:
+    """Bytes in use on all GPUs, by NVML, which needs no CUDA context (vLLM makes its own after a fork)."""
+    from vllm.third_party import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return sum(int(pynvml.nvmlDeviceGetMemoryInfo(h).used) for h in handles)
 
 
 def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
@@ -177,13 +221,16 @@ def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
 
 
 def _answer_row(prompt: dict[str, Any], drawn: list[Any]) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "id": prompt["id"],
         "ids": prompt["ids"],
         "completion": list(drawn[0].token_ids),
         "text": drawn[0].text,
         "finish_reason": drawn[0].finish_reason,
     }
+    if drawn[0].logprobs is not None:
+        chosen = zip(drawn[0].logprobs, drawn[0].token_ids, strict=True)
+        row["logprobs"] = [round(at[token].logprob, 5) for at, token in chosen]
     if len(drawn) > 1:
         row["choices"] = [{"text": d.text, "finish_reason": d.finish_reason} for d in drawn]
     return row

@@ -37,20 +37,21 @@ def pin_dataset(config: EvaluateConfig, workdir: Path) -> tuple[Path, str]:
     return file.resolve(), digest_file(file)
 
 
-def read_requests(file: Path, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` requests of a dataset file."""
-    requests = []
+def read_rows(file: Path, limit: int) -> list[dict[str, Any]]:
+    """The first `limit` rows of a dataset file: {"request": body}, and "answer" where there is a
+    reference text."""
+    rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if len(requests) == limit:
+        if len(rows) == limit:
             break
         if line.strip():
             try:
-                requests.append(_as_row(json.loads(line))["request"])
+                rows.append(_as_row(json.loads(line)))
             except json.JSONDecodeError as err:
                 raise DataError(f"{file}:{number}: is not JSON ({err}).") from err
-    if not requests:
+    if not rows:
         raise DataError(f"{file} holds no requests to evaluate on.")
-    return requests
+    return rows
 
 
 def _as_row(row: Any) -> dict[str, Any]:
@@ -59,4 +60,7 @@ def _as_row(row: Any) -> dict[str, Any]:
     body = row.get("request", row)
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
         raise DataError('An evaluation row must be {"request": {"messages": [...], ...}}.')
-    return {"request": body}
+    answer = row.get("answer") if "request" in row else None
+    if answer is not None and not isinstance(answer, str):
+        raise DataError(f"An evaluation row's answer must be a text, not {type(answer).__name__}.")
+    return {"request": body} if answer is None else {"request": body, "answer": answer}

@@ -18,10 +18,12 @@ from contracts.errors import ConfigError
 from contracts.gates import GateReport
 from distill_jobs import augment, collect, evaluate, gate, publish, quantize, teach, train
 from distill_jobs.augmenting.prompts import prompt_digests
+from distill_jobs.champion import Champion, pin_champion, stored_metrics
 from distill_jobs.collecting.window import Segment, pin_window
 from distill_jobs.config import DistillConfig
-from distill_jobs.evaluation_set import pin_dataset
+from distill_jobs.evaluation_set import pin_dataset, read_rows
 from distill_jobs.keys import key_config, model_digest, model_folder
+from distill_jobs.measuring.harness import tasks_digest
 from distill_jobs.progress import Listener, Progress
 from distill_jobs.stage import ORDER, Job, Result, Work, locked, read_manifest
 from distill_jobs.teaching.ask import ApiVoice, EngineVoice, Voice
@@ -60,6 +62,8 @@ class Inputs:
     dataset_digest: str
     teacher: Path
     teacher_digest: str
+    champion: Champion | None = None
+    """None when no gate compares with one."""
 
 
 def run_pipeline(
@@ -81,8 +85,9 @@ def run_pipeline(
     with locked(config.workdir):
         dump_resolved(config, config.workdir / "config.json")
         job = Job(config.workdir, Progress(config.workdir / "progress.json", listener), only)
+        opened = registry or publish.open_registry(config.publish)
         try:
-            return _stages(config, job, pin_inputs(config), override_gate, say, registry, trainer)
+            return _stages(config, job, pin_inputs(config, opened), override_gate, say, opened, trainer)
         except BaseException as err:
             job.progress.end("stopped" if isinstance(err, KeyboardInterrupt) else "failed")
             raise
@@ -104,7 +109,7 @@ def _stages(
     inputs: Inputs,
     override_gate: str | None,
     say: Callable[[str], None],
-    registry: Registry | None,
+    registry: Registry,
     trainer: train.Trainer | None,
 ) -> PipelineResult:
     done: dict[str, Manifest] = {}
@@ -140,13 +145,14 @@ def _stages(
             config.quantize, done["train"].output("student"), splits(), at, told
         ),
         "evaluate": lambda at: evaluate.run(config.evaluate, _subjects(config, inputs, done), at, told),
-        "publish": lambda at: publish.run(
-            config, inputs.teacher_digest, done, report, registry or publish.open_registry(config.publish), at
-        ),
+        "publish": lambda at: publish.run(config, inputs.teacher_digest, done, report, registry, at),
     }
     for name in order_of(config):
         if name == "publish":
-            report = gate.check(config.gates, done["evaluate"].metrics, at / "gates.json", override_gate)
+            held_against = inputs.champion.ref if inputs.champion is not None else None
+            report = gate.check(
+                config.gates, done["evaluate"], at / "gates.json", override_gate, held_against
+            )
         parents = {parent: done[parent] for parent in parents_of(config, name)}
         done[name] = job.stage(name, settings(config, inputs, name), parents, work[name])
         if name == job.only:
@@ -169,12 +175,15 @@ def _augment(
     return augment.run(own, voice, splits, [*config.collect.holdout, inputs.dataset], folder, progress)
 
 
-def pin_inputs(config: DistillConfig) -> Inputs:
-    """The job's inputs; the log window and generated evaluation requests are written to the workdir once."""
+def pin_inputs(config: DistillConfig, registry: Registry) -> Inputs:
+    """The job's inputs; the log window, generated evaluation requests and the champion (when a gate compares
+    with it) are written to the workdir once.
+    """
     dataset, dataset_digest = pin_dataset(config.evaluate, config.workdir)
     teacher = model_folder(config.teacher)
     window = pin_window(config.collect.log_dir, config.workdir / "window.json", config.collect.sources)
-    return Inputs(window, dataset, dataset_digest, teacher, model_digest(config.teacher))
+    champion = pin_champion(config.gates, config.publish.name, config.workdir, registry)
+    return Inputs(window, dataset, dataset_digest, teacher, model_digest(config.teacher), champion)
 
 
 def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, object]:
@@ -198,24 +207,47 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
         }
     if name == "evaluate":
         own["dataset_digest"] = inputs.dataset_digest
+        own["lm_eval_digest"] = tasks_digest(config.evaluate.lm_eval)
+        if inputs.champion is not None and inputs.champion.record is not None:
+            own["champion"] = inputs.champion.record.artifact.digest
+            own["champion_stored"] = _stored(config, inputs)
     return key_config(getattr(config, name)) | own
 
 
+def _stored(config: DistillConfig, inputs: Inputs) -> dict[str, float | None] | None:
+    """The champion's metrics where they need no measuring."""
+    if inputs.champion is None:
+        return None
+    samples = len(read_rows(inputs.dataset, config.evaluate.samples))
+    return stored_metrics(
+        inputs.champion, config.gates, inputs.dataset_digest, samples, inputs.teacher_digest
+    )
+
+
 def _subjects(config: DistillConfig, inputs: Inputs, done: dict[str, Manifest]) -> evaluate.Subjects:
+    models = {
+        "teacher": inputs.teacher,
+        "student": done["train"].output("student"),
+        "quantized": done["quantize"].output("artifact"),
+    }
+    stored, digest = _stored(config, inputs), None
+    if stored is None and inputs.champion is not None and inputs.champion.record is not None:
+        models["champion"] = Path(str(inputs.champion.folder))
+        digest = inputs.champion.record.artifact.digest
     return evaluate.Subjects(
-        teacher=inputs.teacher,
+        models=models,
         teacher_digest=inputs.teacher_digest,
-        student=done["train"].output("student"),
-        quantized=done["quantize"].output("artifact"),
         dataset=inputs.dataset,
         dataset_digest=inputs.dataset_digest,
         cache_dir=config.cache_dir,
+        champion_digest=digest,
+        champion_metrics=stored or {},
     )
 
 
 def plan(config: DistillConfig) -> list[tuple[str, str, str]]:
     """(stage, state, folder) of each stage, without doing any: what `--dry-run` prints."""
-    inputs = pin_inputs(config)
+    inputs = pin_inputs(config, publish.open_registry(config.publish))
     job = Job(config.workdir, Progress(config.workdir / "progress.json"))
     done: dict[str, Manifest] = {}
     rows = []

@@ -67,6 +67,7 @@ def make_record(
         ),
         evaluation=EvalReport(
             metrics=evaluated.metrics,
+            intervals=evaluated.intervals,
             samples=evaluated.counts["samples"],
             dataset_digest=evaluated.notes["dataset_digest"],
             engine=evaluated.notes["engine"],

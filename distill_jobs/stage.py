@@ -33,6 +33,7 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 Work = Callable[[Path], Result]
@@ -74,6 +75,7 @@ class Job:
             counts=result.counts,
             metrics=result.metrics,
             notes=result.notes,
+            intervals=result.intervals,
             git_revision=git_revision(),
             started_at=started,
             seconds=round(time.time() - started, 3),

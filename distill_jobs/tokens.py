@@ -5,6 +5,7 @@ Knows nothing about logits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ class ChatTokenizer:
             )
         self.eos: int = self._tokenizer.eos_token_id
         self.pad: int = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self.eos
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the vocabulary: two tokenizers with one digest mean the same by an id."""
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def prompt(
         self, request: str | dict[str, Any], messages: str | list[dict[str, Any]] | None = None

@@ -191,8 +191,10 @@ def test_everything_is_measured_through_vllm(job: Job) -> None:
     evaluated = job.manifests()["evaluate"]
     metrics = evaluated.metrics
     for name in ("teacher", "student", "quantized"):
-        for metric in ("accuracy", "perplexity", "tokens_per_s", "bytes", "params"):
+        for metric in ("accuracy", "perplexity", "ece", "tokens_per_s", "ttft_s", "peak_rss_bytes", "params"):
             assert metrics[f"{name}.{metric}"] is not None, f"{name}.{metric}"
+        low, high = evaluated.intervals[f"{name}.perplexity"]
+        assert low <= (metrics[f"{name}.perplexity"] or 0) <= high
     assert evaluated.notes["engine"].startswith("vllm")
     assert 0 <= (metrics["quantized.kl_to_teacher"] or 0) < 10
     ratio = (metrics["quantized.perplexity"] or 0) / (metrics["student.perplexity"] or 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from distill_jobs import evaluate
 from distill_jobs.config import EngineConfig, EvaluateConfig
 from distill_jobs.engine import read_lines, write_lines
 from distill_jobs.evaluate import Subjects
-from distill_jobs.evaluation_set import pin_dataset, read_requests
+from distill_jobs.evaluation_set import pin_dataset, read_rows
 from distill_jobs.progress import Progress
 from distill_jobs.stage import locked
 from tests.integration.pipeline_world import write_model
@@ -91,18 +92,16 @@ CONFIG = EvaluateConfig(
 )
 
 
-def measure(tmp: Path, models: Path, config: EvaluateConfig, engine: FakeEngine) -> evaluate.Result:
+def measure(
+    tmp: Path, root: Path, config: EvaluateConfig, engine: FakeEngine, **changes: Any
+) -> evaluate.Result:
     """Run the stage in `tmp`."""
     dataset, digest = pin_dataset(config, tmp)
-    subjects = Subjects(
-        teacher=models / "teacher",
-        teacher_digest="t",
-        student=models / "student",
-        quantized=models / "quantized",
-        dataset=dataset,
-        dataset_digest=digest,
-        cache_dir=tmp / "cache",
-    )
+    given: dict[str, Any] = {
+        "models": {name: root / name for name in evaluate.MODELS},
+        "cache_dir": tmp / "cache",
+    }
+    subjects = Subjects(teacher_digest="t", dataset=dataset, dataset_digest=digest, **given | changes)
     (tmp / "evaluate").mkdir(exist_ok=True)
     return evaluate.run(config, subjects, tmp / "evaluate", Progress(tmp / "p.json"), engine)
 
@@ -163,10 +162,9 @@ def test_requests_that_do_not_fit_are_told_before_the_engine_starts(tmp_path: Pa
 def test_two_jobs_do_not_write_one_teacher_evaluation(tmp_path: Path, models: Path) -> None:
     """The shared cache is locked while it is filled."""
     dataset, digest = pin_dataset(CONFIG, tmp_path)
-    subjects = Subjects(
-        models / "teacher", "t", models / "student", models / "quantized", dataset, digest, tmp_path / "cache"
-    )
-    with locked(evaluate._teacher_folder(CONFIG, subjects, tmp_path)), pytest.raises(ConflictError):
+    folders = {name: models / name for name in evaluate.MODELS}
+    subjects = Subjects(folders, "t", dataset, digest, tmp_path / "cache")
+    with locked(evaluate._folder(CONFIG, subjects, tmp_path, "teacher")), pytest.raises(ConflictError):
         measure(tmp_path, models, CONFIG, FakeEngine())
 
 
@@ -175,7 +173,7 @@ def test_generated_datasets_are_written_once(tmp_path: Path) -> None:
     evaluate.samples.
     """
     file, digest = pin_dataset(CONFIG.model_copy(update={"samples": 3}), tmp_path)
-    assert len(read_requests(file, 99)) == 3
+    assert len(read_rows(file, 99)) == 3
     assert pin_dataset(CONFIG.model_copy(update={"samples": 3}), tmp_path) == (file, digest)
     assert pin_dataset(CONFIG, tmp_path)[0] != file
 
@@ -185,13 +183,18 @@ def test_dataset_files_are_read_and_refused_with_reasons(tmp_path: Path) -> None
     file = tmp_path / "d.jsonl"
     body = {"messages": [{"role": "user", "content": "x"}]}
     file.write_text(json.dumps(body) + "\n\n" + json.dumps({"request": body}) + "\n")
-    assert read_requests(file, 9) == [body, body]
+    assert read_rows(file, 9) == [{"request": body}, {"request": body}]
+    file.write_text(json.dumps({"request": body, "answer": "да"}) + "\n")
+    assert read_rows(file, 9) == [{"request": body, "answer": "да"}]
+    file.write_text(json.dumps({"request": body, "answer": 3}) + "\n")
+    with pytest.raises(DataError, match="answer must be a text"):
+        read_rows(file, 9)
     file.write_text('{"request": 1}\n')
     with pytest.raises(DataError, match="messages"):
-        read_requests(file, 9)
+        read_rows(file, 9)
     file.write_text("")
     with pytest.raises(DataError, match="no requests"):
-        read_requests(file, 9)
+        read_rows(file, 9)
     with pytest.raises(ConfigError, match="no file"):
         pin_dataset(CONFIG.model_copy(update={"dataset": str(tmp_path / "none.jsonl")}), tmp_path)
 
@@ -201,3 +204,59 @@ def test_wrong_function_names_name_their_field(name: str) -> None:
     """A typo in a grader's name is found before anything is measured."""
     with pytest.raises(ConfigError, match=r"evaluate\.grader"):
         load_function(name, "evaluate.grader")
+
+
+def test_every_metric_comes_with_its_interval(tmp_path: Path, models: Path) -> None:
+    """Over the requests; figures of a machine have none. The report on disk holds both."""
+    result = measure(tmp_path, models, CONFIG, FakeEngine())
+    low, high = result.intervals["student.accuracy"]
+    assert low < 0.9 < high
+    assert "student.tokens_per_s" not in result.intervals
+    report = json.loads((tmp_path / "evaluate" / "report.json").read_text())
+    assert report["intervals"]["student.accuracy"] == [low, high]
+    assert report["metrics"]["quantized.exact_match"] == 0.8
+
+
+def test_the_champion_is_a_fourth_subject_kept_by_its_digest(tmp_path: Path, models: Path) -> None:
+    """Measured after the others on the same requests, and only once for all jobs that meet it."""
+    folders = {n: models / n for n in evaluate.MODELS} | {"champion": models / "student"}
+    engine = FakeEngine()
+    found = measure(tmp_path, models, CONFIG, engine, models=folders, champion_digest="c")
+    assert found.metrics["champion.accuracy"] == 0.9
+    assert [Path(j["out"]).name.split("-")[0] for j in engine.jobs] == [*evaluate.MODELS, "champion"]
+    other = tmp_path / "other"
+    other.mkdir()
+    again = FakeEngine()
+    measure(other, models, CONFIG, again, models=folders, champion_digest="c", cache_dir=tmp_path / "cache")
+    assert [Path(j["out"]).name for j in again.jobs] == ["student", "quantized"]
+
+
+def test_a_students_own_tokenizer_is_scored_on_its_own_tokens(tmp_path: Path, models: Path) -> None:
+    """The teacher's text in the student's tokens; KL between two vocabularies does not exist."""
+    odd = tmp_path / "quantized"
+    shutil.copytree(models / "quantized", odd)
+    for file in odd.glob("*.j*"):
+        file.write_text(file.read_text().replace("<|im_start|>", "<|im_begin|>"))
+    engine = FakeEngine()
+    folders = {n: models / n for n in evaluate.MODELS} | {"quantized": odd}
+    found = measure(tmp_path, models, CONFIG, engine, models=folders).metrics
+    rows = Path(engine.jobs[2]["score"]["rows"])
+    assert rows.name == "own-rows.jsonl"
+    assert len(read_lines(rows)[0]["completion"]) == len("yes") + 1
+    assert found["student.agreement"] == 1.0
+    assert "quantized.agreement" not in found
+    assert found["quantized.bits_per_byte"] is not None
+
+
+def test_a_readable_row_a_request_holds_all_answers(tmp_path: Path, models: Path) -> None:
+    """What error analysis reads: the request, the reference and each model's answer with its judgement."""
+    measure(tmp_path, models, CONFIG, FakeEngine())
+    rows = read_lines(tmp_path / "evaluate" / "requests.jsonl")
+    assert len(rows) == 10
+    assert rows[0]["reference"] == "yes"
+    assert {n: (m["text"], m["right"]) for n, m in rows[0]["models"].items()} == {
+        "teacher": ("yes", 1.0),
+        "student": ("no", 0.0),
+        "quantized": ("no", 0.0),
+    }
+    assert rows[0]["request"]["messages"][0]["role"] == "user"

@@ -43,6 +43,7 @@ class World:
     calls: list[str] = field(default_factory=list)
     accuracy: float = 0.99
     registry: FakeRegistry = field(default_factory=FakeRegistry)
+    subjects: list[Any] = field(default_factory=list)
 
     def config(self, **changes: Any) -> DistillConfig:
         """The job's configuration."""
@@ -71,8 +72,11 @@ class World:
     def evaluate(self, config: Any, subjects: Any, folder: Path, progress: Progress) -> Result:
         """An evaluation that knows the answer."""
         self.calls.append("evaluate")
+        self.subjects.append(subjects)
         (folder / "report.json").write_text("{}")
         metrics = {"quantized.accuracy": self.accuracy, "teacher.accuracy": 1.0, "quantized.params": 5.0}
+        if "champion" in subjects.models:
+            metrics["champion.accuracy"] = 0.99
         notes = {"engine": "none", "dataset_digest": "d"}
         return Result({"report": output_file(folder / "report.json")}, {"samples": 4}, metrics, notes)
 
@@ -132,6 +136,34 @@ def test_a_failed_stage_is_the_only_one_repeated(world: World, monkeypatch: pyte
     assert json.loads((world.root / "job" / "progress.json").read_text())["state"] == "failed"
     assert world.run().ref == "support-student:1"
     assert world.calls == ["train", "quantize", "evaluate"]
+
+
+def test_the_next_student_is_held_against_the_champion(world: World) -> None:
+    """The first student passes because the gate says so; the second is measured beside the first, by the
+    champion's own artifact, and the one that is worse is stopped.
+    """
+    gates = [
+        {
+            "metric": "quantized.accuracy",
+            "relative_to": "champion.accuracy",
+            "at_least": 1.0,
+            "when_no_champion": "skip",
+        }
+    ]
+    config = world.config(gates=gates)
+    first = world.run(config)
+    assert first.gates is not None
+    assert "no champion yet" in first.gates.results[0].reason
+    world.registry.set_alias("support-student", "champion", 1, "test", "promoted")
+    assert world.run(config).ref == "support-student:1", "the finished job stays finished"
+    world.accuracy = 0.9
+    worse = world.config(gates=gates, workdir=str(world.root / "second"), quantize__samples=8)
+    with pytest.raises(GateError, match=r"accuracy = 0\.9091 is below 1"):
+        world.run(worse)
+    artifact = world.registry.download("support-student:1")
+    assert world.subjects[-1].models["champion"] == artifact
+    assert world.subjects[-1].champion_digest == world.registry.get("support-student:1").artifact.digest
+    assert "champion" not in world.subjects[0].models
 
 
 def test_a_changed_setting_redoes_what_depends_on_it(world: World) -> None:

@@ -1,26 +1,39 @@
-"""The arithmetic of evaluation: perplexity, KL over the teacher's top k, agreement, accuracy.
+"""Scores of given texts: perplexity, bits a byte, KL over the teacher's top k, agreement.
 
-Pure numpy on what the engine wrote. Knows nothing about engines or files.
+Pure numpy on what the engine wrote, as sums by request. Knows nothing about engines or files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from distill_jobs.measuring.statistics import Statistic
 
 # A student's log-probability below float precision of its listed mass; keeps a zero tail finite.
 _FLOOR = 1e-9
 
 
-def perplexity(logprobs: Iterable[Sequence[float]]) -> float | None:
-    """exp of the mean negative log-probability over all tokens; None without tokens."""
-    parts = [np.asarray(row, dtype=np.float64) for row in logprobs]
-    total = sum(len(p) for p in parts)
-    if total == 0:
-        return None
-    return float(np.exp(-sum(p.sum() for p in parts) / total))
+def likelihood(
+    scores: Sequence[dict[str, Any]], texts: Mapping[int, str], requests: int
+) -> dict[str, Statistic]:
+    """Perplexity (exp of the mean negative log-probability over all tokens together) and bits a UTF-8 byte
+    of the scored texts, which models with different tokenizers can be compared by.
+
+    Args:
+        scores: rows {"id", "actual"}: log-probabilities of a text's tokens, natural log.
+        texts: the scored text of each id.
+        requests: how many there are; ids are below it.
+    """
+    tokens, size = np.zeros((requests, 2)), np.zeros((requests, 2))
+    for row in scores:
+        if len(row["actual"]):
+            nats = -float(np.sum(np.asarray(row["actual"], dtype=np.float64)))
+            tokens[row["id"]] = (nats, len(row["actual"]))
+            size[row["id"]] = (nats, len(texts[row["id"]].encode()))
+    return {"perplexity": Statistic(tokens, "exp_mean"), "bits_per_byte": Statistic(size, "bits")}
 
 
 def kl_topk(
@@ -49,11 +62,11 @@ def kl_topk(
 
 
 def against_teacher(
-    teacher: Sequence[dict[str, Any]], student: Sequence[dict[str, Any]]
-) -> dict[str, float | None]:
-    """Mean KL and top-1 agreement over all completion positions of the rows both scored."""
+    teacher: Sequence[dict[str, Any]], student: Sequence[dict[str, Any]], requests: int
+) -> dict[str, Statistic]:
+    """KL and top-1 agreement, means over all completion positions of the rows that both scored."""
     by_id = {row["id"]: row for row in student}
-    divergences, agreements = [], []
+    divergence, agreement = np.zeros((requests, 2)), np.zeros((requests, 2))
     for row in teacher:
         other = by_id.get(row["id"])
         if other is None or len(other["actual"]) != len(row["actual"]):
@@ -61,26 +74,10 @@ def against_teacher(
         n = len(row["actual"])
         ids, student_ids = _matrix(row["topk_ids"], n), _matrix(other["topk_ids"], n)
         logprobs, student_logprobs = _matrix(row["topk_logprobs"], n), _matrix(other["topk_logprobs"], n)
-        divergences.append(kl_topk(ids, logprobs, student_ids, student_logprobs))
-        agreements.append(ids[:, 0] == student_ids[:, 0])
-    if not divergences:
-        return {"kl_to_teacher": None, "agreement": None}
-    return {
-        "kl_to_teacher": float(np.concatenate(divergences).mean()),
-        "agreement": float(np.concatenate(agreements).mean()),
-    }
+        divergence[row["id"]] = (kl_topk(ids, logprobs, student_ids, student_logprobs).sum(), n)
+        agreement[row["id"]] = ((ids[:, 0] == student_ids[:, 0]).sum(), n)
+    return {"kl_to_teacher": Statistic(divergence, "mean"), "agreement": Statistic(agreement, "mean")}
 
 
 def _matrix(values: Sequence[float], positions: int) -> np.ndarray:
     return np.asarray(values).reshape(positions, -1)
-
-
-def accuracy(
-    grade: Callable[[dict[str, Any], str], bool | None],
-    requests: Sequence[dict[str, Any]],
-    texts: Sequence[str],
-) -> tuple[float | None, int]:
-    """Share of gradable answers that are right, and how many were gradable."""
-    grades = [grade(request, text) for request, text in zip(requests, texts, strict=True)]
-    known = [bool(g) for g in grades if g is not None]
-    return (sum(known) / len(known) if known else None), len(known)
