@@ -100,6 +100,7 @@ def _print_error(err: StillhouseError) -> None:
 
 
 lazy.add(app, "distill", "distill_jobs.cli:distill", "Distil logged traffic into a quantized student.")
+lazy.add(app, "flywheel", "distill_jobs.flywheel.cli:app", "Distil by itself, when the logs call for it.")
 lazy.add(app, "keys", "cli.keys:app", "API keys: who may ask the routers, for what, and how much.")
 lazy.add(app, "routes", "cli.routes:app", "Routes: their splits, names, defaults and limits.")
 lazy.add(app, "judge", "cli.judge:app", "Judges (models that grade), held against people's judgements.")
