@@ -22,7 +22,7 @@ TRIGGER_OF = {"words": "drift", "length": "drift", "grades": "grades", "feedback
 
 
 class Observation(Record):
-    """What the logs say since the last run that ended in a student or a refusal."""
+    """What the logs say since the last run that did not fail."""
 
     rows: int = 0
     """Usable rows."""

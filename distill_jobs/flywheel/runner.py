@@ -231,13 +231,14 @@ class Runner:
 
     def _finish(self, run: Run, state: State, why: str, now: float, **fields: object) -> None:
         """The end of a run, and what it means for its route, in one transaction."""
-        answers = state in (State.PUBLISHED, State.REFUSED)
+        # Also a person's no is an answer: without it the same evidence would queue the same run again.
+        answers = state is not State.FAILED
         watcher = self._watchers.get(run.route)
         with self._store.transaction() as db:
             self._store.move_in(db, run, state, why, now, ended_at=now, **fields)
-            if answers and watcher is not None and run.mark is not None:
-                watcher.answered(db, run.mark)
-            failures = "failures + 1" if state is State.FAILED else "0" if answers else "failures"
+            if answers and watcher is not None:
+                watcher.answered(db, run.mark or watcher.pin(db, None), state is State.PUBLISHED)
+            failures = "0" if answers else "failures + 1"
             db.execute(
                 f"UPDATE routes SET last_ended_at = ?, failures = {failures} WHERE route = ?",
                 (now, run.route),

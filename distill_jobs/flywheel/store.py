@@ -77,7 +77,7 @@ class Watch(Record):
 
     now: Mark = Mark()
     base: Mark = Mark()
-    """At the start of the last run that ended in a student or a refusal."""
+    """At the start of the last run that did not fail."""
     looks: dict[str, int] = {}
     """Kind of a look (requests, grades, feedback) → how many were taken."""
     next_at: dict[str, int] = {}

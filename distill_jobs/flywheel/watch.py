@@ -102,14 +102,18 @@ class Watcher:
         )
         return self._watch(db).now
 
-    def answered(self, db: sqlite3.Connection, mark: Mark) -> None:
-        """A run ended in a student or a refusal: what it has seen is no news any more. In the caller's
-        transaction.
+    def answered(self, db: sqlite3.Connection, mark: Mark, trained: bool) -> None:
+        """A run's end answers what called for it: rows and judgements up to its mark are no news any more.
+        Only a published student (`trained`) makes its window the one that drift is measured from. In the
+        caller's transaction.
         """
         own = (self._route,)
-        db.execute("DELETE FROM units WHERE route = ? AND role = 'reference'", own)
-        db.execute("UPDATE units SET role = 'reference' WHERE route = ? AND role = 'run'", own)
-        db.execute("DELETE FROM units WHERE route = ? AND role = 'recent' AND seq <= ?", (*own, mark.seen))
+        if trained:
+            db.execute("DELETE FROM units WHERE route = ? AND role = 'reference'", own)
+            db.execute("UPDATE units SET role = 'reference' WHERE route = ? AND role = 'run'", own)
+            db.execute(
+                "DELETE FROM units WHERE route = ? AND role = 'recent' AND seq <= ?", (*own, mark.seen)
+            )
         db.execute("DELETE FROM grades WHERE route = ?", own)
         db.execute("DELETE FROM judgements WHERE route = ? AND seq <= ?", (*own, mark.judged))
         before = self._watch(db)
@@ -131,11 +135,13 @@ class Watcher:
     def _take(self, name: str, size: int, limit: int) -> int:
         """Read whole lines of one file in one transaction; returns the bytes taken, 0 at its end."""
         start = self._place(name)
-        data = read_range(self._log_dir, name, start, min(size, start + limit))
-        whole = data.rfind(b"\n") + 1
-        if not whole and len(data) >= limit:  # one line longer than a block: read on to its end
-            data = read_range(self._log_dir, name, start, size)
+        end, whole = min(size, start + limit), 0
+        while not whole:
+            data = read_range(self._log_dir, name, start, end)
             whole = data.rfind(b"\n") + 1
+            if end == size:
+                break
+            end = min(size, end + end - start)  # a line longer than that: read on to its end
         if not whole:
             return 0
         with self._store.transaction() as db:

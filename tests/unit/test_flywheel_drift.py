@@ -69,7 +69,7 @@ def test_the_p_value_is_the_exact_share_of_permutations() -> None:
 
 
 def test_equal_traffic_is_called_drift_no_more_often_than_alpha_says() -> None:
-    """200 pairs of samples of one distribution at 10 %: at most 12 % fire even without a bound that matters."""
+    """200 pairs of samples of one distribution at 10 %: at most 12 % fire, though any size would do."""
     fired = 0
     for seed in range(200):
         looks = compare_requests(
@@ -85,7 +85,9 @@ def test_other_words_and_other_lengths_are_found() -> None:
     topics = {k.kind: k for k in compare_requests(old, units(HARDWARE, 200, 2), 0.02, 0.005, seed=0)}
     assert topics["words"].fired
     assert topics["words"].value > 0.3
-    longer = {k.kind: k for k in compare_requests(old, units(BILLING, 200, 3, length=40), 0.02, 0.005, seed=0)}
+    longer = {
+        k.kind: k for k in compare_requests(old, units(BILLING, 200, 3, length=40), 0.02, 0.005, seed=0)
+    }
     assert longer["length"].fired
     assert not longer["words"].fired
 
@@ -121,9 +123,16 @@ def test_words_of_any_script_count_and_no_text_is_kept() -> None:
     assert features("") == (b"", 0)
     words, length = features("word " * 10_000)
     assert (len(words), length) == (256, 50_000)
-    assert compare_requests(
-        [Unit(n, 0.0, b"", 0) for n in range(50)], [Unit(n, 0.0, b"", 0) for n in range(50)], 0.02, 0.01, 0
-    )[0].fired is False
+    assert (
+        compare_requests(
+            [Unit(n, 0.0, b"", 0) for n in range(50)],
+            [Unit(n, 0.0, b"", 0) for n in range(50)],
+            0.02,
+            0.01,
+            0,
+        )[0].fired
+        is False
+    )
 
 
 def test_the_test_stops_early_when_nothing_is_there() -> None:
