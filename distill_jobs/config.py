@@ -167,6 +167,11 @@ class PublishConfig(Section):
     alias: str | None = "challenger"
     """Alias to set on the new version; None sets none."""
     description: str = ""
+    license: str = "unknown"
+    """License of the student for its model card, as Hugging Face writes it (apache-2.0, other, …): the base
+    model's and the teacher's terms decide it, so there is no default that is right."""
+    tags: tuple[str, ...] = ()
+    """Further tags of the model card."""
 
 
 class DistillConfig(StrictConfig):

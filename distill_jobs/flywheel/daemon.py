@@ -200,6 +200,8 @@ def _watcher(store: Store, config: FlywheelConfig, name: str) -> Watcher:
         log.warning(
             "route %s has no triggers: only `stillhouse flywheel trigger %s` starts a run", name, name
         )
+    if collect.log_dir is None:
+        raise ConfigError(f"routes.{name}.distill: collect.log_dir is needed: it is what is watched.")
     return Watcher(store, name, route, collect.log_dir, collect.model_dump(mode="json"))
 
 
