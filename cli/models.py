@@ -92,6 +92,16 @@ def download(
     typer.echo(str(_registry(config, tracking_uri).download(ref, folder)))
 
 
+@app.command()
+def track(
+    workdir: Annotated[Path, typer.Argument(metavar="WORKDIR", help="A distillation's folder.")],
+) -> None:
+    """Send to MLflow what a job could not send itself, e.g. because the server was down."""
+    from distill_jobs.tracking.sync import sync_workdir
+
+    typer.echo(f"MLflow run {sync_workdir(workdir)}")
+
+
 def _registry(config: str | None, tracking_uri: str | None) -> Registry:
     from registry.mlflow_store import open_registry
 

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from contracts.config import StrictConfig
 from contracts.gates import Gate
 from distill_jobs.collecting.window import place
+from distill_jobs.tracking.config import TrackingConfig
 from distill_jobs.training.config import TrainConfig
 
 
@@ -197,3 +198,4 @@ class DistillConfig(StrictConfig):
     gates: tuple[Gate, ...] = ()
     """What must hold before a model is published; with none, nothing passes (no data never passes)."""
     publish: PublishConfig
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)

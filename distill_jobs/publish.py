@@ -20,6 +20,7 @@ from distill_jobs.keys import git_revision, output_file
 from distill_jobs.publishing.card import render
 from distill_jobs.publishing.facts import gather
 from distill_jobs.stage import Result
+from distill_jobs.tracking.state import tracking_run
 from registry.store import Registry
 
 CARD = "MODEL_CARD.md"
@@ -90,6 +91,7 @@ def make_record(
             teacher_digest=teacher_digest,
             base_model=job.student,
             git_revision=git_revision(),
+            tracking_run=tracking_run(job.workdir),
         ),
         created_at=time.time(),
         description=job.publish.description,
