@@ -105,7 +105,7 @@ class RouteConfig(StrictConfig):
     """What is run instead of this installation's pipeline; {config}, {workdir}, {route} and {run} are filled
     in. Exit codes as `stillhouse distill`: 0 published, 3 refused by a gate."""
     on_published: tuple[str, ...] = ()
-    """A command to run after a student was published, with {route} and {ref} filled in, e.g. [stillhouse,
+    """A command to run after a student was published, with {route}, {ref} and {run} filled in: [stillhouse,
     rollout, start, "{route}", "{ref}"]. It may be run again after a crash. Off by default."""
     on_published_timeout_s: float = Field(default=120, gt=0)
 

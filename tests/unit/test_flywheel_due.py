@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+import yaml
 
-from contracts.config import parse_config
+from contracts.config import load_config, parse_config
 from contracts.errors import ConfigError
+from distill_jobs.flywheel.cli import app
 from distill_jobs.flywheel.config import FlywheelConfig, RouteConfig
 from distill_jobs.flywheel.drift import Look
 from distill_jobs.flywheel.due import HOUR_S, Decision, Observation, RouteState, cooldown_s, due
+from distill_jobs.flywheel.job import resolve
 from distill_jobs.flywheel.schedule import is_due, parse_hours, parse_schedule, quiet_until
 
+ROOT = Path(__file__).resolve().parents[2]
 UTC, BERLIN = ZoneInfo("UTC"), ZoneInfo("Europe/Berlin")
 
 
@@ -167,6 +173,24 @@ def test_a_person_waits_for_nothing_but_a_run_that_is_active() -> None:
     assert (found.start, found.trigger, found.reason) == (True, "manual", "asked for by ann")
     assert not decide(config, Observation(), requested_by="ann", active=True).start
     assert not decide(route(), Observation(rows=9999), active=True).start
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("flywheel*.yaml")), ids=lambda f: f.name)
+def test_every_configuration_here_is_valid(file: Path) -> None:
+    """And the distillation that each of its routes names is one."""
+    config = load_config(file, FlywheelConfig)
+    for name, route in config.routes.items():
+        distill = route.model_copy(update={"distill": ROOT / route.distill})
+        assert resolve(name, distill).collect.route == name
+
+
+def test_the_guides_examples_are_valid() -> None:
+    """A stale key in the guide would break a reader's first file; its commands are ones that there are."""
+    text = (ROOT / "docs" / "flywheel.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    parse_config(yaml.safe_load(example), FlywheelConfig)
+    said = set(re.findall(r"stillhouse flywheel (\w+)", text))
+    assert said == {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
 @pytest.mark.parametrize(
