@@ -109,7 +109,9 @@ lazy.add(
 lazy.add(
     app, "errors", "distill_jobs.studies.errors_cli:errors", "Where a student loses to its teacher, and why."
 )
+lazy.add(app, "flywheel", "distill_jobs.flywheel.cli:app", "Distil by itself, when the logs call for it.")
 lazy.add(app, "keys", "cli.keys:app", "API keys: who may ask the routers, for what, and how much.")
+lazy.add(app, "models", "cli.models:app", "Published students: versions, aliases, model cards.")
 lazy.add(app, "routes", "cli.routes:app", "Routes: their splits, names, defaults and limits.")
 lazy.add(app, "judge", "cli.judge:app", "Judges (models that grade), held against people's judgements.")
 lazy.add(app, "log", "cli.log:app", "Erase a person's or a conversation's rows from the request log.")

@@ -49,6 +49,8 @@ class Lineage(Record):
     teacher_digest: str | None = None
     base_model: str | None = None
     git_revision: str | None = None
+    tracking_run: str | None = None
+    """MLflow run that tracks the job: its parameters, curves, figures and sample answers."""
 
 
 class ModelRecord(Record):

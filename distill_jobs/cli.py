@@ -102,16 +102,18 @@ def _run(
     console: Console, config: DistillConfig, stage: str | None, override_gate: str | None
 ) -> PipelineResult:
     from distill_jobs.pipeline import run_pipeline
+    from distill_jobs.tracking.tracker import tracked
 
     # A scheduler says SIGTERM where a person says Ctrl-C; both must end the workers.
     signal.signal(signal.SIGTERM, as_interrupt)
-    return run_pipeline(
-        config,
-        only=stage,
-        override_gate=override_gate,
-        listener=_Lines(console),
-        say=lambda text: console.print(text, markup=False),
-    )
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    with tracked(config, say):
+        return run_pipeline(
+            config, only=stage, override_gate=override_gate, listener=_Lines(console), say=say
+        )
 
 
 def as_interrupt(number: int, frame: FrameType | None) -> None:

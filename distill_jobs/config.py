@@ -25,6 +25,7 @@ from distill_jobs.collecting.settings import (
 )
 from distill_jobs.collecting.window import place
 from distill_jobs.teaching.config import TeachConfig
+from distill_jobs.tracking.config import TrackingConfig
 from distill_jobs.training.config import TrainConfig
 
 
@@ -210,6 +211,11 @@ class PublishConfig(Section):
     alias: str | None = "challenger"
     """Alias to set on the new version; None sets none."""
     description: str = ""
+    license: str = "unknown"
+    """License of the student for its model card, as Hugging Face writes it (apache-2.0, other, …): the base
+    model's and the teacher's terms decide it, so there is no default that is right."""
+    tags: tuple[str, ...] = ()
+    """Further tags of the model card."""
 
 
 class DistillConfig(StrictConfig):
@@ -237,6 +243,7 @@ class DistillConfig(StrictConfig):
     gates: tuple[Gate, ...] = ()
     """What must hold before a model is published; with none, nothing passes (no data never passes)."""
     publish: PublishConfig
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> DistillConfig:

@@ -17,8 +17,13 @@ from contracts.gates import GateReport
 from contracts.model import Artifact, EvalReport, Lineage, ModelRecord
 from distill_jobs.config import DistillConfig, PublishConfig
 from distill_jobs.keys import git_revision, output_file
+from distill_jobs.publishing.card import render
+from distill_jobs.publishing.facts import gather
 from distill_jobs.stage import Result
+from distill_jobs.tracking.state import tracking_run
 from registry.store import Registry
+
+CARD = "MODEL_CARD.md"
 
 
 def open_registry(config: PublishConfig) -> Registry:
@@ -41,13 +46,16 @@ def run(
         raise GateError("A student cannot be published without the gates' report. Run the whole pipeline.")
     config = job.publish
     record = make_record(job, teacher_digest, manifests, gates)
-    published = registry.publish(record, manifests["quantize"].output("artifact"))
+    card = render(gather(record, job, manifests, gates))
+    write_atomic(folder / CARD, card)
+    published = registry.publish(record, manifests["quantize"].output("artifact"), card)
     if config.alias is not None and published.version is not None:
         registry.set_alias(
             config.name, config.alias, published.version, by="distill", reason="published by distill"
         )
     write_atomic(folder / "record.json", published.model_dump_json(indent=1) + "\n")
-    return Result({"record": output_file(folder / "record.json")}, notes={"ref": published.ref})
+    outputs = {"record": output_file(folder / "record.json"), "card": output_file(folder / CARD)}
+    return Result(outputs, notes={"ref": published.ref})
 
 
 def make_record(
@@ -84,6 +92,7 @@ def make_record(
             teacher_digest=teacher_digest,
             base_model=job.student,
             git_revision=git_revision(),
+            tracking_run=tracking_run(job.workdir),
         ),
         created_at=time.time(),
         description=job.publish.description,

@@ -13,7 +13,7 @@ from pathlib import Path
 from contracts.errors import DataError, NotFoundError
 from contracts.model import AliasEvent, ModelRecord
 from registry.digest import digest_folder
-from registry.store import alias_event, check_alias, check_name, parse_ref, resolve
+from registry.store import alias_event, check_alias, check_card, check_name, no_card, parse_ref, resolve
 
 
 class FakeRegistry:
@@ -24,10 +24,12 @@ class FakeRegistry:
         self._versions: dict[str, list[ModelRecord]] = {}
         self._aliases: dict[str, dict[str, int]] = {}
         self._events: dict[str, list[AliasEvent]] = {}
+        self._cards: dict[str, str] = {}
 
-    def publish(self, record: ModelRecord, artifact_dir: Path) -> ModelRecord:
+    def publish(self, record: ModelRecord, artifact_dir: Path, card: str | None = None) -> ModelRecord:
         """Store the record as the next version; the same digest again returns the version it has."""
         check_name(record.name)
+        check_card(record, card)
         if digest_folder(artifact_dir) != record.artifact.digest:
             raise DataError(
                 f"{artifact_dir} does not have the digest its record names. Publish the folder again."
@@ -40,6 +42,8 @@ class FakeRegistry:
             artifact = record.artifact.model_copy(update={"uri": str(artifact_dir.resolve())})
             new = record.model_copy(update={"version": len(known) + 1, "artifact": artifact})
             known.append(new)
+            if card is not None:
+                self._cards[new.ref] = card
             return new
 
     def get(self, ref: str) -> ModelRecord:
@@ -59,6 +63,13 @@ class FakeRegistry:
             return folder
         shutil.copytree(folder, into, dirs_exist_ok=True)
         return into
+
+    def card(self, ref: str) -> str:
+        """The model card of a version."""
+        record = self.get(ref)
+        if record.ref not in self._cards:
+            raise no_card(record.ref)
+        return self._cards[record.ref]
 
     def history(self, name: str) -> list[ModelRecord]:
         """All versions of a model, oldest first."""

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,16 @@ from urllib.parse import unquote, urlparse
 from contracts.errors import ConflictError, DataError, NotFoundError, StateError
 from contracts.model import AliasEvent, ModelRecord
 from registry.digest import digest_folder
-from registry.store import Registry, alias_event, check_alias, check_name, parse_ref, resolve
+from registry.store import (
+    Registry,
+    alias_event,
+    check_alias,
+    check_card,
+    check_name,
+    no_card,
+    parse_ref,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,8 +41,12 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "stillhouse"
 _DIGEST, _RECORD, _CHECKSUM = "stillhouse.digest", "stillhouse.record", "stillhouse.record_sha256"
+_CARD_CHECKSUM = "stillhouse.card_sha256"
 _EVENT = "stillhouse.alias_event."
 _FOLDER = "artifact"
+CARD = "MODEL_CARD.md"
+"""Name of a version's model card, beside its artifact folder."""
+_PARENT = "mlflow.parentRunId"
 
 
 def sqlite_uri(database: Path) -> str:
@@ -61,18 +75,19 @@ class MlflowRegistry:
         self._cache = cache_dir or Path.home() / ".cache" / "stillhouse" / "artifacts"
         self._client: MlflowClient | None = None
 
-    def publish(self, record: ModelRecord, artifact_dir: Path) -> ModelRecord:
+    def publish(self, record: ModelRecord, artifact_dir: Path, card: str | None = None) -> ModelRecord:
         """Upload the artifact and create the next version; the same digest again returns the version it
         has.
         """
         check_name(record.name)
+        check_card(record, card)
         digest = digest_folder(artifact_dir)
         if digest != record.artifact.digest:
             raise DataError(
                 f"{artifact_dir} has digest {digest[:12]}, its record says {record.artifact.digest[:12]}."
                 " The folder changed after it was evaluated: evaluate it again, then publish."
             )
-        with self._locked() as client:
+        with self.client() as client:
             known = self._find_digest(client, record.name, digest)
             if known is not None:
                 return _record_of(known)
@@ -81,11 +96,13 @@ class MlflowRegistry:
             # A run that an earlier attempt left half uploaded is used again: the same names are overwritten.
             client.log_artifacts(run.info.run_id, str(artifact_dir), _FOLDER)
             self._log(client, run.info.run_id, record)
-            return self._create_version(client, record, run)
+            if card is not None:
+                client.log_text(run.info.run_id, card, CARD)
+            return self._create_version(client, record, run, card)
 
     def get(self, ref: str) -> ModelRecord:
         """The record a reference means, its checksum verified."""
-        with self._locked() as client:
+        with self.client() as client:
             return _record_of(self._version(client, ref))
 
     def download(self, ref: str, into: Path | None = None) -> Path:
@@ -100,26 +117,38 @@ class MlflowRegistry:
         self._fetch(record, target)
         return target
 
+    def card(self, ref: str) -> str:
+        """The model card of a version, from beside its artifact, its checksum verified."""
+        with self.client() as client:
+            version = self._version(client, ref)
+            record, checksum = _record_of(version), version.tags.get(_CARD_CHECKSUM)
+            if checksum is None:
+                raise no_card(record.ref)
+        text = self._text(f"{record.artifact.uri.rpartition('/')[0]}/{CARD}")
+        if _sha256(text) != checksum:
+            raise DataError(f"The model card of {record.ref} was changed after it was published.")
+        return text
+
     def history(self, name: str) -> list[ModelRecord]:
         """All versions of a model, oldest first."""
-        with self._locked() as client:
+        with self.client() as client:
             self._registered(client, name)
             return [_record_of(v) for v in self._versions(client, name)]
 
     def list_models(self) -> list[str]:
         """Names of all models, sorted."""
-        with self._locked() as client:
+        with self.client() as client:
             return sorted(m.name for m in _paged(client.search_registered_models))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias → version, as it is now."""
-        with self._locked() as client:
+        with self.client() as client:
             return self._aliases(client, name)
 
     def set_alias(self, name: str, alias: str, version: int | None, by: str, reason: str) -> AliasEvent:
         """Append the event, then move the alias: a crash between the two is healed by the next call."""
         check_alias(alias)
-        with self._locked() as client:
+        with self.client() as client:
             held = self._aliases(client, name)
             if version is not None:
                 self._version(client, f"{name}:{version}")
@@ -136,13 +165,13 @@ class MlflowRegistry:
 
     def alias_events(self, name: str) -> list[AliasEvent]:
         """Every move of every alias of a model, oldest first."""
-        with self._locked() as client:
+        with self.client() as client:
             return self._events(client, name)
 
     @contextmanager
-    def _locked(self) -> Iterator[MlflowClient]:
+    def client(self) -> Iterator[MlflowClient]:
         """The client; for SQLite under a file lock, because MLflow's schema set-up and writes race
-        otherwise.
+        otherwise. Raises: StateError when the server refuses.
         """
         _quiet()
         from mlflow.exceptions import MlflowException
@@ -168,7 +197,8 @@ class MlflowRegistry:
             self._client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
         return self._client
 
-    def _experiment(self, client: MlflowClient) -> str:
+    def experiment(self, client: MlflowClient) -> str:
+        """Id of the experiment that holds every run, made when it is missing."""
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is not None:
             return str(found.experiment_id)
@@ -181,7 +211,7 @@ class MlflowRegistry:
 
     def _run_for(self, client: MlflowClient, record: ModelRecord) -> Run:
         """The unfinished run of an earlier attempt at this digest, or a new one."""
-        experiment = self._experiment(client)
+        experiment = self.experiment(client)
         wanted = f"tags.`{_DIGEST}` = '{record.artifact.digest}' and attributes.status = 'RUNNING'"
         runs = client.search_runs([experiment], wanted, max_results=1)
         if runs:
@@ -200,7 +230,9 @@ class MlflowRegistry:
             client.log_param(run_id, name, getattr(record.artifact, name))
         client.log_text(run_id, record.model_dump_json(indent=2), "record.json")
 
-    def _create_version(self, client: MlflowClient, record: ModelRecord, run: Run) -> ModelRecord:
+    def _create_version(
+        self, client: MlflowClient, record: ModelRecord, run: Run, card: str | None
+    ) -> ModelRecord:
         source = f"{run.info.artifact_uri}/{_FOLDER}"
         local = _local_path(source)
         artifact = record.artifact.model_copy(update={"uri": str(local or source)})
@@ -209,6 +241,8 @@ class MlflowRegistry:
             _verified(local, stored)
         text = stored.model_dump_json()
         tags = {_DIGEST: stored.artifact.digest, _RECORD: text, _CHECKSUM: _sha256(text)}
+        if card is not None:
+            tags[_CARD_CHECKSUM] = _sha256(card)
         made = client.create_model_version(record.name, source, run.info.run_id, tags=tags)
         client.set_terminated(run.info.run_id)
         first = self._find_digest(client, record.name, stored.artifact.digest)
@@ -248,6 +282,17 @@ class MlflowRegistry:
     def _events(self, client: MlflowClient, name: str) -> list[AliasEvent]:
         tags = self._registered(client, name).tags
         return [AliasEvent.model_validate_json(tags[key]) for key in sorted(tags) if key.startswith(_EVENT)]
+
+    def _text(self, uri: str) -> str:
+        local = _local_path(uri)
+        if local is not None:
+            return local.read_text(encoding="utf-8")
+        _quiet()
+        from mlflow.artifacts import download_artifacts
+
+        with tempfile.TemporaryDirectory() as folder:
+            got = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self._uri)
+            return Path(got).read_text(encoding="utf-8")
 
     def _fetch(self, record: ModelRecord, target: Path) -> None:
         _quiet()
@@ -296,6 +341,8 @@ def _lineage_tags(record: ModelRecord) -> dict[str, str]:
         value = getattr(lineage, name)
         if value is not None:
             tags[f"stillhouse.{name}"] = str(value)
+    if lineage.tracking_run is not None:
+        tags[_PARENT] = lineage.tracking_run  # MLflow's pages then show the version below its job
     return tags
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from contracts.config import Record
-from contracts.errors import ConfigError, NotFoundError
+from contracts.errors import ConfigError, DataError, NotFoundError
 from contracts.model import AliasEvent, ModelRecord
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
@@ -35,11 +35,12 @@ class Registry(Protocol):
     once.
     """
 
-    def publish(self, record: ModelRecord, artifact_dir: Path) -> ModelRecord:
-        """Store the artifact and its record as the next version; the same digest again returns the version it
-        has.
+    def publish(self, record: ModelRecord, artifact_dir: Path, card: str | None = None) -> ModelRecord:
+        """Store the artifact, its record and its model card as the next version; the same digest again
+        returns the version it has, card and all.
 
-        Raises: DataError when the folder's digest is not the record's.
+        Raises: DataError when the folder's digest is not the record's, or a student of the pipeline comes
+        without a card.
         """
 
     def get(self, ref: str) -> ModelRecord:
@@ -53,6 +54,9 @@ class Registry(Protocol):
 
         Raises: DataError when the stored files no longer match the record's digest.
         """
+
+    def card(self, ref: str) -> str:
+        """The model card (Markdown) of a version, beside its artifact. Raises: NotFoundError without one."""
 
     def history(self, name: str) -> list[ModelRecord]:
         """All versions of a model, oldest first. Raises: NotFoundError for an unknown name."""
@@ -125,6 +129,20 @@ def check_name(name: str) -> None:
         raise ConfigError(
             f"{name!r} is not a model name. Use letters, digits, '.', '_' and '-', at most 128 of them."
         )
+
+
+def check_card(record: ModelRecord, card: str | None) -> None:
+    """Raises: DataError when a student that the pipeline made (its lineage names stages) has no card."""
+    if record.lineage.manifests and not (card or "").strip():
+        raise DataError(
+            f"{record.name} has no model card: nobody could tell what it is. Publish it with its card"
+            " (distill_jobs.publishing.card)."
+        )
+
+
+def no_card(ref: str) -> NotFoundError:
+    """A version that was published without one."""
+    return NotFoundError(f"{ref} has no model card: it was not made by the distillation pipeline.")
 
 
 def check_alias(alias: str) -> None:

@@ -142,6 +142,56 @@ def lines(log_dir: Place, segment: Segment) -> Iterator[bytes]:
             yield line
 
 
+def log_files(log_dir: Place) -> dict[str, int]:
+    """Name → bytes of the log files there are now; of a file that is being renamed the closed name."""
+    if isinstance(log_dir, Path):
+        sizes = {path.name: _size(path) for path in log_dir.glob("*.jsonl")}
+    else:
+        fs, root = _remote(log_dir)
+        try:
+            listed = fs.ls(root, detail=True)
+        except FileNotFoundError:
+            listed = []
+        sizes = {str(f["name"]).rstrip("/").rpartition("/")[2]: int(f["size"] or 0) for f in listed}
+    names = {_closed(n): n for n in sorted(sizes, reverse=True) if n.endswith(".jsonl") and n[0] != "."}
+    return {name: sizes[name] for name in names.values()}
+
+
+def read_range(log_dir: Place, name: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a log file under its name or, since it was closed, its closed one; of one that is
+    gone, none.
+    """
+    for known in (name, _closed(name)):
+        try:
+            if isinstance(log_dir, Path):
+                with (log_dir / known).open("rb") as source:
+                    source.seek(start)
+                    return source.read(max(0, end - start))
+            fs, root = _remote(log_dir)
+            data: bytes = fs.cat_file(f"{root}/{known}", start=start, end=end)
+            return data
+        except FileNotFoundError:
+            continue
+    return b""
+
+
+def closed_name(name: str) -> str:
+    """What a segment is called once it is closed: the same before and after."""
+    return _closed(name)
+
+
+def is_feedback(name: str) -> bool:
+    """True for a file of users' judgements."""
+    return name.startswith(_FEEDBACK)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # closed since the folder was listed: seen at the next look
+        return 0
+
+
 def _closed(name: str) -> str:
     return name.removesuffix(_OPEN) + ".jsonl" if name.endswith(_OPEN) else name
 

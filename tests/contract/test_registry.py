@@ -16,6 +16,7 @@ from registry.fake import FakeRegistry
 from registry.mlflow_store import MlflowRegistry, sqlite_uri
 from registry.store import Registry
 
+CARD = "---\nlicense: other\n---\n\n# A student, 学生\n"
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -77,7 +78,7 @@ def publish(
         folder = tmp_path / content
         if not folder.exists():
             make_artifact(folder, content)
-        return registry.publish(make_record(folder, name), folder)
+        return registry.publish(make_record(folder, name), folder, CARD)
 
     return run
 
@@ -179,13 +180,44 @@ def test_a_record_for_another_folder_is_refused(registry: Registry, tmp_path: Pa
     record = make_record(folder, "refused")
     (folder / "model.safetensors").write_text("changed after evaluation")
     with pytest.raises(DataError, match="digest"):
-        registry.publish(record, folder)
+        registry.publish(record, folder, CARD)
+
+
+def test_a_version_has_its_card(registry: Registry, publish: Callable[..., ModelRecord]) -> None:
+    """Beside the artifact, by every form of a reference; the digest is the artifact's alone."""
+    first = publish("a")
+    registry.set_alias(first.name, "champion", 1, by="t", reason="r")
+    assert registry.card(first.ref) == registry.card(f"{first.name}@champion") == CARD
+    assert digest_folder(registry.download(first.ref)) == first.artifact.digest
+
+
+def test_a_student_without_a_card_is_refused(registry: Registry, tmp_path: Path) -> None:
+    """What the pipeline made needs one, and no version is made; what somebody else made may have none."""
+    folder = make_artifact(tmp_path / "x", "no card")
+    record = make_record(folder, f"cardless-{type(registry).__name__}")
+    for card in (None, "", "  \n"):
+        with pytest.raises(DataError, match="no model card"):
+            registry.publish(record, folder, card)
+    assert record.name not in registry.list_models()
+    others = record.model_copy(update={"lineage": Lineage(base_model="b")})
+    published = registry.publish(others, folder)
+    with pytest.raises(NotFoundError, match=f"{record.name}:1 has no model card"):
+        registry.card(published.ref)
+
+
+def test_mlflow_refuses_an_edited_card(tmp_path: Path, mlflow_registry: MlflowRegistry) -> None:
+    """A card is as immutable as its version: one that somebody improves by hand is found out."""
+    folder = make_artifact(tmp_path / "x", "card")
+    published = mlflow_registry.publish(make_record(folder, "edited-card"), folder, CARD)
+    (Path(published.artifact.uri).parent / "MODEL_CARD.md").write_text(CARD + "It is perfect.\n")
+    with pytest.raises(DataError, match="changed after it was published"):
+        mlflow_registry.card(published.ref)
 
 
 def test_mlflow_refuses_an_edited_record(tmp_path: Path, mlflow_registry: MlflowRegistry) -> None:
     """Somebody who edits a version's tag by hand is found out: records are immutable."""
     folder = make_artifact(tmp_path / "x", "x")
-    mlflow_registry.publish(make_record(folder, "edited"), folder)
+    mlflow_registry.publish(make_record(folder, "edited"), folder, CARD)
     client = mlflow_registry._connect()
     client.set_model_version_tag("edited", "1", "stillhouse.record", "{}")
     with pytest.raises(DataError, match="changed"):
@@ -200,7 +232,7 @@ def test_mlflow_goes_on_with_a_half_uploaded_run(tmp_path: Path, mlflow_registry
     mlflow_registry._ensure_model(client, record)
     run = mlflow_registry._run_for(client, record)
     client.log_artifacts(run.info.run_id, str(folder / "sub"), "artifact/sub")
-    published = mlflow_registry.publish(record, folder)
+    published = mlflow_registry.publish(record, folder, CARD)
     assert run.info.run_id in published.artifact.uri
     assert [r.version for r in mlflow_registry.history("half")] == [1]
 
@@ -209,9 +241,9 @@ _PUBLISH = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from tests.contract.test_registry import make_mlflow, make_record
+from tests.contract.test_registry import CARD, make_mlflow, make_record
 folder = Path({folder!r})
-print(make_mlflow(Path({tmp!r})).publish(make_record(folder, "race"), folder).version)
+print(make_mlflow(Path({tmp!r})).publish(make_record(folder, "race"), folder, CARD).version)
 """
 
 

@@ -181,6 +181,7 @@ def config_of(root: Path, **changes: Any) -> dict[str, Any]:
             {"metric": "quantized.perplexity", "relative_to": "student.perplexity", "at_most": 1.5},
         ],
         "publish": {"name": "support-student", "tracking_uri": f"sqlite:///{root / 'registry.db'}"},
+        "tracking": {"enabled": False},
     }
     return config | changes
 
