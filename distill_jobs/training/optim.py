@@ -206,8 +206,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(value: Any, target: Tensor) -> Any:
-    """This worker's shard of a whole tensor, where the target is a shard; else a copy, which does not need the
-    mapped file any more."""
+    """This worker's shard of a whole tensor, where the target is a shard; else a copy, which needs the
+    mapped file no more."""
     if not isinstance(value, Tensor):
         return value
     if not isinstance(target, DTensor) or value.shape != target.shape:

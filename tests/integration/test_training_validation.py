@@ -25,7 +25,7 @@ from tests.integration.training_rig import base_model
 from tests.unit.test_training_loop import write_rows
 
 pytestmark = pytest.mark.integration
-EVERY = 5
+EVERY = 10
 
 
 @pytest.fixture
