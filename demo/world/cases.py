@@ -11,7 +11,7 @@ import functools
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from demo.world import phrases_en, phrases_zh, splits
@@ -39,6 +39,16 @@ _OWNED: dict[str, Callable[[random.Random, str], str]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """The words of the text that ask for one call."""
+
+    words: str
+    tool: str
+    slots: dict[str, tuple[str, Any]]
+    """Argument -> what the customer writes for it, and the value that it means."""
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One request of one split, and the only right answer to it."""
 
@@ -48,6 +58,8 @@ class Case:
     text: str
     language: str
     answer: list[dict[str, Any]]
+    spoken: tuple[Spoken, ...] = field(default=(), repr=False, compare=False)
+    """How the text says each call of the answer."""
 
 
 @dataclass(slots=True)
@@ -58,6 +70,7 @@ class _Draft:
     split: str
     language: str
     owned_chars: int = 0
+    spoken: list[Spoken] = field(default_factory=list)
 
     def pick(self, items: Any) -> Any:
         return items[int(self.rng.random() * len(items))]
@@ -101,6 +114,7 @@ def _call(draft: _Draft, tool: str) -> tuple[str, dict[str, Any]]:
     said = draft.pick(_PHRASES[draft.language].REQUESTS[tool]).format(
         **{name: shown for name, (shown, _) in slots.items()}
     )
+    draft.spoken.append(Spoken(said, tool, slots))
     return said, {"tool": tool, **{name: value for name, (_, value) in slots.items()}}
 
 
@@ -161,7 +175,7 @@ def case(split: str, index: int, seed: int = SEED) -> Case:
     text = _dressed(draft, body)
     if not _IDENTIFIER.match(text):  # a capital would change an email address that comes first
         text = text[0].upper() + text[1:]
-    return Case(f"{split}:{index}", split, index, text, draft.language, answer)
+    return Case(f"{split}:{index}", split, index, text, draft.language, answer, tuple(draft.spoken))
 
 
 def find(case_id: str, seed: int = SEED) -> Case | None:

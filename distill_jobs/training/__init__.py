@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from distill_jobs.training.config import LossConfig, OptimizerConfig, ShapeConfig, TrainConfig
+from distill_jobs.training.config import (
+    EarlyStopConfig,
+    LossConfig,
+    OptimizerConfig,
+    ShapeConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from distill_jobs.training.ray_train import TrainResult, run_training
 
-__all__ = ["LossConfig", "OptimizerConfig", "ShapeConfig", "TrainConfig", "TrainResult", "run_training"]
+__all__ = [
+    "EarlyStopConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "ShapeConfig",
+    "TrainConfig",
+    "TrainResult",
+    "run_training",
+]
 
 
 def __getattr__(name: str) -> Any:

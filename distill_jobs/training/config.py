@@ -231,6 +231,8 @@ class TrainConfig(StrictConfig):
             raise ValueError("terms compare tokens one by one; they need a teacher of the same tokenizer")
         if self.parallel == "fsdp2" and (self.prefix.student or self.lora):
             raise ValueError("prefix.student and lora need whole parameters; set train.parallel: ddp")
+        if self.lora and self.lora.export == "adapter" and self.validate_steps:
+            raise ValueError("validation loads whole checkpoints; set lora.export: merged")
         return self
 
     @model_validator(mode="after")

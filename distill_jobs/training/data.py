@@ -208,11 +208,12 @@ class Rows:
     def _teacher(self, indices: np.ndarray, answers: np.ndarray, in_prompt: np.ndarray) -> dict[str, Tensor]:
         """The teacher's columns at the counted positions; zeros in the prompt, of which it says nothing."""
         source = np.repeat(self.answer_starts[indices], answers) + ragged_arange(answers)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, column in self.teacher.items():
             values = np.zeros((len(in_prompt), self.k), dtype=np.int64 if name == "topk_ids" else np.float32)
             values[~in_prompt] = column[source]
-            found["teacher_hidden" if name == "hidden" else name] = torch.from_numpy(values)
+            field = "teacher_hidden" if name == "hidden" else name
+            found[field] = torch.from_numpy(values)
         return found
 
 

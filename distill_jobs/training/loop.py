@@ -61,7 +61,7 @@ class Trainer:
         self.step = self.objective or make_step(self.model, config, self.workers)
         self._loss = self.step.loss
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            self.model.activation_checkpointing_enable()  # type: ignore[operator]
         sharded = config.parallel == "fsdp2" and self.workers.world > 1
         if sharded:
             self._loss = shard(self.model, dtype, self.step.loss)
@@ -93,6 +93,7 @@ class Trainer:
                 "tokens": self.position.tokens,
                 "seconds": self.position.seconds,
                 "epoch": (step + 1) / self.order.steps_per_epoch,
+                "workers": self.workers.world,
                 **metrics,
             }
 

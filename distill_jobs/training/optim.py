@@ -30,6 +30,14 @@ def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
     return left if config.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in another dtype, in place; buffers stay: rotary frequencies rounded to bf16 turn late
+    positions by a radian, which a server that keeps them in fp32 would not."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def _nothing(_: Tensor) -> None:
     """Summing over a single worker."""
 
@@ -48,9 +56,8 @@ class MasterOptimizer:
         extra: Iterable[tuple[str, nn.Parameter]] = (),
         add: Callable[[Tensor], None] = _nothing,
     ) -> None:
-        """Leaves the model's parameters in `dtype`; buffers stay as they are (rotary frequencies in bf16 turn
-        late positions by a radian). `extra` parameters are stepped like the model's but belong to somebody
-        else; `add` sums over the workers that hold shards."""
+        """Leaves the model's parameters in `dtype`. `extra` parameters are stepped like the model's but are
+        somebody else's; `add` sums over the workers that hold shards."""
         self.config, self.add = config, add
         own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.named: list[tuple[str, nn.Parameter]] = [*own, *extra]
@@ -60,9 +67,7 @@ class MasterOptimizer:
             final = p.dtype if id(p) in added else dtype
             itself = p.dtype == final == torch.float32
             self.masters[name] = p if itself else p.detach().float().clone()
-        for parameter in model.parameters():
-            if parameter.dtype != dtype and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        cast_parameters(model, dtype)
         self.optimizers = self._optimizers(model)
 
     def _optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:

@@ -1,7 +1,7 @@
 """Recipes: fragments of a training configuration, one file a method, laid over a configuration of one's own.
 
-`configs/recipes/<method>.yaml` says what makes the method; everything else stays as the base has it. Importable
-without torch.
+`configs/recipes/<method>.yaml` says what makes the method; everything else stays as the base has it.
+Importable without torch.
 """
 
 from __future__ import annotations

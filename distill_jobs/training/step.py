@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from distill_jobs.training.config import TrainConfig
+from distill_jobs.training.cross_tokenizer import CrossTokenizer
 from distill_jobs.training.data import MicroBatch, Rows, RowSource
 from distill_jobs.training.divergence import (
     HiddenTeacher,
@@ -115,6 +117,7 @@ class DistillStep:
         if config.teacher is not None:
             attention = model.config._attn_implementation
             self.teachers = LiveTeachers(config.teacher, device, attention)
+        self.cross = _cross_tokenizer(model, config, self.teachers)
         if config.terms.intermediate:
             assert self.teachers is not None  # TrainConfig refuses terms without a teacher
             self._add_terms(self.teachers.first, device)
@@ -183,7 +186,7 @@ class DistillStep:
 
     def _look(self, batch: MicroBatch) -> tuple[list[Tensor | None], Seen]:
         """The live teachers' last hidden states at the answers' positions, and the first one's inside."""
-        if self.teachers is None or self.about is None:
+        if self.teachers is None or self.about is None or self.cross is not None:
             return [], Seen()
         if not self.compares and not (self.predicts and self.config.loss.kd_weight):
             return [], Seen()
@@ -206,9 +209,21 @@ class DistillStep:
                 rows[chosen], head, labels[chosen], teacher, weights, scale[chosen], loss.chunk
             )
             total, parts = total + one, parts + seen.float()
+        if self.cross is not None and loss.kd_weight:
+            gap = self._across(batch, rows, head, scale)
+            total, parts = total + loss.kd_weight * gap, torch.stack([gap.detach(), parts[1]])
         if loss.prompt_weight and bool(batch.in_prompt.any()):
             total = total + self._prompts(batch, hidden, head, counts)
         return total, parts
+
+    def _across(self, batch: MicroBatch, hidden: Tensor, head: Tensor, scale: Tensor) -> Tensor:
+        """The distance to a teacher with another tokenizer."""
+        assert self.cross is not None
+        assert self.about is not None
+        assert isinstance(self.source, Rows)
+        indices = batch.indices.cpu().numpy()
+        uids = self.about.uids[indices].tolist()
+        return self.cross.loss(self.source, indices, uids, hidden, head, scale)
 
     def _scale(self, batch: MicroBatch, counts: Counts) -> Tensor:
         """(N,) each position's weight over the step's weighted tokens."""
@@ -233,7 +248,7 @@ class DistillStep:
         self, batch: MicroBatch, counted: Tensor, states: list[Tensor | None], route: int, chosen: Any
     ) -> Teacher | None:
         """What is known of the teacher at the chosen answers' positions."""
-        if not self.config.loss.kd_weight:
+        if not self.config.loss.kd_weight or self.cross is not None:
             return None
         if self.teachers is not None:
             return self.teachers.rows(states, route, chosen)
@@ -277,6 +292,16 @@ class DistillStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.prefixes is not None:
             self.prefixes.load_state_dict(state["prefixes"])
+
+
+def _cross_tokenizer(model: Any, config: TrainConfig, teachers: LiveTeachers | None) -> CrossTokenizer | None:
+    """The distance to a teacher with another tokenizer, where the configuration asks for it."""
+    if teachers is None or teachers.config.cross_tokenizer is None:
+        return None
+    student = config.shape.tokenizer if config.shape else model.config._name_or_path
+    mine, its = (AutoTokenizer.from_pretrained(one) for one in (student, teachers.config.models[0].model))
+    settings, capacity = teachers.config.cross_tokenizer, teachers.config.cache_rows
+    return CrossTokenizer(settings, mine, its, teachers.first, capacity)
 
 
 def _on_own_answers(config: TrainConfig, weights: LossWeights) -> LossWeights:

@@ -75,16 +75,25 @@ def test_two_workers_end_in_the_weights_of_one(
     data: Path, pair: tuple[dict[str, Any], Path], name: str
 ) -> None:
     """Six steps of each kind of run: the losses, the gradient norms (over all shards) and the weights are
-    those of one worker; bf16 within its rounding."""
-    loose = "bf16" in name
+    those of one worker. Muon orthogonalises in bf16, so shards round differently."""
     weights, history = alone(data, **RUNS[name])
-    found = pair[0][name]
+    found, loose = pair[0][name], name == "fsdp2-muon"
     torch.testing.assert_close(
-        torch.tensor(found["history"]), torch.tensor(history), rtol=0.03 if loose else 1e-4, atol=1e-6
+        torch.tensor(found["history"]), torch.tensor(history), rtol=0.01 if loose else 1e-4, atol=1e-6
     )
     for key, tensor in weights.items():
-        apart = (found["weights"][key].float() - tensor.float()).norm() / tensor.float().norm()
+        apart = (found["weights"][key] - tensor).norm() / tensor.norm()
         assert float(apart) < (0.02 if loose else 1e-4), key
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_bf16_gradients_are_those_of_fp32_within_rounding(
+    data: Path, pair: tuple[dict[str, Any], Path], parallel: str
+) -> None:
+    """Computed in bf16, accumulated and summed in fp32: within 2 % of fp32, and not equal to it."""
+    expected = gradient(data, Workers())
+    apart = (pair[0][f"gradient {parallel} bf16"] - expected).norm() / expected.norm()
+    assert 1e-4 < float(apart) < 0.02
 
 
 def test_fsdp2_shards_and_saves_whole(data: Path, pair: tuple[dict[str, Any], Path]) -> None:

@@ -1,5 +1,5 @@
-"""Ray Train runs: two workers, a worker killed, the driver killed; each time the run goes on and ends in the
-same model."""
+"""Ray Train runs of two workers: a worker, the driver or a node is killed; each time the run goes on and ends
+in the same model."""
 
 from __future__ import annotations
 
@@ -16,37 +16,27 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill_jobs.training.attention import register
 from distill_jobs.training.data import Rows
 from distill_jobs.training.loop import Trainer
 from tests.integration.training_driver import config
-from tests.unit.test_training_loop import tiny_model, write_rows
+from tests.integration.training_rig import ROOT, base_model
+from tests.unit.test_training_loop import write_rows
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A tiny checkpoint with a tokenizer, as any Hugging Face folder."""
-    folder = tmp_path / "base"
-    tiny_model().save_pretrained(folder)
-    vocabulary = {f"w{i}": i for i in range(40)}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")),
-        pad_token="w0",
-        eos_token="w1",
-    ).save_pretrained(folder)
-    return folder
+    return base_model(tmp_path / "base")
 
 
-def _driver(data: Path, base: Path, out: Path) -> subprocess.Popen[str]:
+def _driver(data: Path, base: Path, out: Path, kind: str = "local") -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.training_driver", str(data), str(base), str(out)],
+        [sys.executable, "-m", "tests.integration.training_driver", kind, data, base, out],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -55,9 +45,13 @@ def _driver(data: Path, base: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
-def _steps(storage: Path) -> list[int]:
+def _progress(storage: Path) -> list[dict[str, float]]:
     files = list(storage.glob("*/progress.jsonl"))
-    return [json.loads(line)["step"] for line in files[0].read_text().splitlines()] if files else []
+    return [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
+
+
+def _steps(storage: Path) -> list[int]:
+    return [int(line["step"]) for line in _progress(storage)]
 
 
 def _wait(what: str, driver: subprocess.Popen[str], ready: Callable[[], bool], seconds: float = 240) -> None:
@@ -89,11 +83,11 @@ def _kill_tree(process: subprocess.Popen[str]) -> None:
             child.kill()
 
 
-def _straight(data: Path, base: Path) -> dict[str, torch.Tensor]:
+def _straight(data: Path, base: Path, **changes: object) -> dict[str, torch.Tensor]:
     """The same run in this process: one worker, never interrupted."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.set_attn_implementation(register())
-    trainer = Trainer(model, Rows(data, 1024, True), config(workers=1))
+    trainer = Trainer(model, Rows(data, 1024, True), config(workers=1, **changes))
     for _ in trainer.run():
         pass
     return dict(trainer.model.state_dict())
@@ -128,9 +122,33 @@ def test_a_run_survives_a_killed_worker_and_a_killed_driver(tmp_path: Path, base
     assert after == list(range(after[0], 241))
 
     assert len(AutoTokenizer.from_pretrained(out)) == 40
+    _same(out, _straight(data, base))
+
+
+def _same(out: Path, expected: dict[str, torch.Tensor]) -> None:
     student = AutoModelForCausalLM.from_pretrained(out)
     assert student.dtype == torch.bfloat16
-    for name, tensor in _straight(data, base).items():
+    for name, tensor in expected.items():
         # The order of summing differs by worker; 240 Adam steps amplify it a little in the smallest entries.
         apart = (student.state_dict()[name].float() - tensor).norm() / tensor.norm()
         assert float(apart) < 0.01, name
+
+
+def test_a_run_survives_the_loss_of_a_node(tmp_path: Path, base: Path) -> None:
+    """The raylet of one of two nodes is killed with its worker and stays away: the run goes on from its last
+    checkpoint with the one worker that is left (min_workers), and ends in the same model."""
+    data, out = write_rows(tmp_path / "rows"), tmp_path / "student"
+    driver = _driver(data, base, out, "nodes")
+    try:
+        output, _ = driver.communicate(timeout=300)
+    finally:
+        if driver.poll() is None:
+            _kill_tree(driver)
+    assert "FINISHED 180" in output, output[-3000:]
+    lines = _progress(tmp_path / "student.run")
+    resumed = next(i for i in range(1, len(lines)) if lines[i]["step"] <= lines[i - 1]["step"])
+    assert lines[resumed]["step"] % 20 == 1
+    assert lines[resumed]["step"] >= 41
+    assert [line["workers"] for line in lines] == [2] * resumed + [1] * (len(lines) - resumed)
+    assert [line["step"] for line in lines[resumed:]] == list(range(int(lines[resumed]["step"]), 181))
+    _same(out, _straight(data, base, epochs=60))

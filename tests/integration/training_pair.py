@@ -23,8 +23,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp2": {"parallel": "fsdp2"},
     "fsdp2-checkpointing": {"parallel": "fsdp2", "gradient_checkpointing": True},
     "fsdp2-muon": {"parallel": "fsdp2", "optimizer": OptimizerConfig(kind="muon", lr=1e-2)},
-    "ddp-bf16": {"parallel": "ddp", "dtype": "bfloat16"},
-    "fsdp2-bf16": {"parallel": "fsdp2", "dtype": "bfloat16"},
 }
 INDICES = np.arange(11)
 
@@ -47,8 +45,9 @@ def main(rank: int, data: Path, out: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
     workers = joined()
     results: dict[str, Any] = {
-        "gradient ddp": gradient(data, workers, parallel="ddp"),
-        "gradient fsdp2": gradient(data, workers, parallel="fsdp2"),
+        f"gradient {parallel}{name}": gradient(data, workers, parallel=parallel, dtype=dtype)
+        for parallel in ("ddp", "fsdp2")
+        for name, dtype in (("", "float32"), (" bf16", "bfloat16"))
     }
     for name, changes in RUNS.items():
         one = trainer(data, workers, **changes)

@@ -1,4 +1,4 @@
-"""What the trainer's integration tests share: a tiny checkpoint, a driver process and looking into its run."""
+"""What the trainer's integration tests share: a tiny checkpoint, and the root of the project."""
 
 from __future__ import annotations
 

@@ -158,6 +158,17 @@ def test_terms_do_not_depend_on_how_a_step_is_cut(world: dict[str, Path], name: 
         torch.testing.assert_close(cut, whole, rtol=1e-3, atol=2e-6)
 
 
+def test_every_term_trains_in_bfloat16(world: dict[str, Path]) -> None:
+    """With weights in bf16 the projections stay in fp32 and the losses are near those of fp32."""
+    terms = {"hidden": {}, "attention": {}, "relation": {}, "contrastive": {}}
+    exact, _ = gradient(world, config(world, terms=terms))
+    trainer = Trainer(model(0), Rows(world["rows"], 64, False), config(world, terms=terms, dtype="bfloat16"))
+    rough = next(iter(trainer.run()))
+    for name, value in zip(trainer.step.parts, exact.tolist(), strict=True):
+        assert rough[name] == pytest.approx(value, rel=0.1), name
+    assert {p.dtype for _, p in trainer.step.extra_parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("inner", ["eager", "sdpa"])
 def test_terms_see_the_same_inside_under_any_attention(world: dict[str, Path], inner: str) -> None:
     """Attention maps are those of our implementation under eager and SDPA, too."""

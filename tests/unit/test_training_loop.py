@@ -16,11 +16,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from distill_jobs.training.attention import register
 from distill_jobs.training.config import LossConfig, OptimizerConfig, TrainConfig
-from distill_jobs.training.data import Rows
+from distill_jobs.training.data import MicroBatch, Rows
 from distill_jobs.training.loop import Trainer, writing
 from distill_jobs.training.optim import schedule
 from distill_jobs.training.order import Order, split_for_worker
 from distill_jobs.training.parallel import Workers
+from distill_jobs.training.step import Counts, DistillStep
 
 K, VOCAB = 4, 40
 
@@ -208,6 +209,94 @@ def test_schedule_rises_holds_and_falls_to_zero() -> None:
     assert factors[10:50] == [1.0] * 40
     assert factors[99] < 0.01
     assert factors[50:] == sorted(factors[50:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.5, 1 / 90]),
+        ("cosine", [1.0, 0.5, 0.5 * (1 - np.cos(np.pi / 90))]),
+    ],
+)
+def test_schedules_after_the_warm_up(name: str, expected: list[float]) -> None:
+    """100 steps, 10 of warm-up: the factor right after it, half way down and at the last step."""
+    one = OptimizerConfig(warmup=0.1, schedule=name)
+    assert [schedule(step, 100, one) for step in (10, 55, 99)] == pytest.approx(expected)
+    assert [schedule(step, 100, one) for step in (0, 9)] == pytest.approx([1 / 11, 10 / 11])
+
+
+def test_gradient_checkpointing_does_not_change_gradients(folder: Path) -> None:
+    """Recomputed activations give the same six steps, and are recomputed indeed."""
+    plain, history = trained(folder)
+    model = tiny_model()
+    calls = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    one = config(gradient_checkpointing=True)
+    again = list(Trainer(model, Rows(folder, 64, True), one).run())
+    assert len(calls) == 2 * len(again)
+    assert [h["grad_norm"] for h in again] == pytest.approx([h["grad_norm"] for h in history], rel=1e-6)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_keeps_fp32_masters_gradients_and_rotary_frequencies(folder: Path) -> None:
+    """Compute is in bf16; steps too small for bf16 add up in the masters; accumulation over micro-batches is
+    fp32; buffers keep their precision."""
+    one = config(dtype="bfloat16", micro_tokens=16, optimizer=OptimizerConfig(lr=1e-6))
+    trainer = Trainer(tiny_model(), Rows(folder, 64, True), one)
+    trainer.accumulate(0, np.arange(8))
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert {m.grad.dtype for m in trainer.optimizer.masters.values() if m.grad is not None} == {torch.float32}
+    before = {n: m.clone() for n, m in trainer.optimizer.masters.items()}
+    trainer.optimizer.step(1.0)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, trainer.optimizer.masters[name].bfloat16())
+        moved = (trainer.optimizer.masters[name] - before[name]).abs().max()
+        assert 0 < float(moved) < 1e-4
+    frequencies = trainer.model.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, tiny_model().model.rotary_emb.inv_freq)
+    assert frequencies.dtype == torch.float32
+
+
+def test_extra_parameters_of_an_objective_are_trained_and_saved(folder: Path, tmp_path: Path) -> None:
+    """A projection that belongs to the objective gets gradients, steps and comes back on resuming; the
+    exported model does not hold it; the objective's own state comes back, too."""
+
+    class Projected(DistillStep):
+        def __init__(self, model: Qwen3ForCausalLM) -> None:
+            super().__init__(model, config())
+            self.projection, self.seen = torch.nn.Parameter(torch.ones(3)), 0
+
+        def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
+            total, parts = super().loss(batch, counts)
+            self.seen += len(batch.labels)
+            return total + self.projection.square().sum() * len(batch.labels) / counts.answers, parts
+
+        def extra_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+            return [("projection", self.projection)]
+
+        def state_dict(self) -> dict[str, int]:
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.seen = state["seen"]
+
+    def make() -> tuple[Trainer, Projected]:
+        model = tiny_model()
+        step = Projected(model)
+        return Trainer(model, Rows(folder, 64, True), config(), objective=step), step
+
+    first, step = make()
+    list(first.run())
+    assert float(step.projection.detach().abs().max()) < 1
+    first.save(tmp_path / "state")
+    second, other = make()
+    second.load(tmp_path / "state")
+    assert torch.equal(other.projection, step.projection)
+    assert other.seen == step.seen > 0
+    assert "projection" not in second.weights()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from distill_jobs.training import recipes
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.recipes import FOLDER, read_recipe, recipe_names, with_recipe
 
-METHODS = set(
-    "forward_kl reverse_kl jsd skew_kl skew_reverse_kl total_variation sequence_level temperature"
-    " temperature_plain live_teacher hidden attention relation relation_distance contrastive distillm2 rationale"
-    " two_stage on_policy replay teacher_prefix mixed_schedule cross_tokenizer lora curriculum multi_teacher"
-    " routed_teachers".split()
-)
+METHODS = {
+    *("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "sequence_level"),
+    *("temperature", "temperature_plain", "live_teacher", "multi_teacher", "routed_teachers"),
+    *("hidden", "attention", "relation", "relation_distance", "contrastive", "rationale", "two_stage"),
+    *("on_policy", "replay", "teacher_prefix", "mixed_schedule", "distillm2"),
+    *("cross_tokenizer", "lora", "curriculum"),
+}
 
 
 @pytest.fixture(scope="module")

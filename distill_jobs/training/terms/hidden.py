@@ -32,7 +32,8 @@ class Projection(nn.Module):
             nn.init.orthogonal_(one.weight)  # type: ignore[arg-type]
 
     def forward(self, pair: int, states: Tensor) -> Tensor:
-        projected: Tensor = self.maps[pair](states)
+        """In fp32, whatever the student computes in: a projection has no copy in another dtype."""
+        projected: Tensor = self.maps[pair](states.float())
         return projected
 
 
