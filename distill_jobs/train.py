@@ -37,7 +37,7 @@ Trainer = Callable[..., TrainResult]
 def train_key(config: TrainConfig, base_model: str) -> dict[str, object]:
     """What decides a run's result: its configuration and the weights (or the tokenizer) it starts from."""
     start = base_model if config.shape is None else config.shape.tokenizer
-    key = key_config(config) | {"start_digest": model_digest_or_tokenizer(start)}
+    key: dict[str, object] = key_config(config) | {"start_digest": model_digest_or_tokenizer(start)}
     if config.teacher is not None:
         key["teacher_digests"] = [model_digest(one.model) for one in config.teacher.models]
     return key
