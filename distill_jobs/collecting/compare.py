@@ -57,7 +57,7 @@ class _Shard:
         self._roots = np.load(task["roots"])
         self._band: int = SAME_TEXT
         self.texts = Texts(self._folder, task["counts"])
-        self._sketches = None if SAME_TEXT in task["bands"] else self._load("sketches")
+        self._sketches = None if SAME_TEXT in task["bands"] else self._all_sketches()
         self._parent: dict[int, int] = {}
         self._sets: dict[int, frozenset[str]] = {}
         self._cached = 0
@@ -87,26 +87,32 @@ class _Shard:
             else:
                 self._small(numbers, chosen, int(size))
 
-    def _load(self, name: str, band: int | None = None) -> Any:
-        """An array of all partitions, filled one by one: together they would be in memory twice."""
+    def _all_sketches(self) -> U64:
+        """The sketches of all partitions, filled in one by one: together they would be in memory twice."""
         made, at = None, 0
         for number, count in enumerate(self._task["counts"]):
-            file = self._folder / f"{number:04d}.{name}.npy"
-            part = np.load(file) if band is None else _row_of(file, band)
+            part = np.load(self._folder / f"{number:04d}.sketches.npy")
             if made is None:
-                made = np.empty((sum(self._task["counts"]), *part.shape[1:]), part.dtype)
+                made = np.empty((sum(self._task["counts"]), part.shape[1]), np.uint64)
             made[at : at + count] = part
             at += count
-        return made
+        return np.empty((0, 1), np.uint64) if made is None else made
 
     def _keys(self) -> tuple[I64, U64]:
         """(samples, keys) of this band that fall to this shard; of equal texts only the first takes part."""
         same_text = self._band == SAME_TEXT
-        keys: U64 = self._load("same") if same_text else self._load("bands", self._band)
-        mine = keys % np.uint64(self._task["shards"]) == self._task["shard"]
-        if not same_text:
-            mine &= np.load(self._folder / "round-00.roots.npy") == np.arange(len(keys))
-        return np.flatnonzero(mine), keys[mine]
+        first = None if same_text else np.load(self._folder / "round-00.roots.npy")
+        numbers, keys, at = [], [], 0
+        for number, count in enumerate(self._task["counts"]):
+            file = self._folder / f"{number:04d}.{'same' if same_text else 'bands'}.npy"
+            part: U64 = np.load(file) if same_text else _row_of(file, self._band)
+            mine = part % np.uint64(self._task["shards"]) == self._task["shard"]
+            if first is not None:
+                mine &= first[at : at + count] == np.arange(at, at + count)
+            numbers.append(np.flatnonzero(mine) + at)
+            keys.append(part[mine])
+            at += count
+        return np.concatenate(numbers), np.concatenate(keys)
 
     # buckets ---------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ from distill_jobs.collecting.parts import save_array
 Roots = NDArray[np.int32]
 """The least member of each sample's cluster."""
 
-_SHARD_ROWS = 8_000_000
+_SHARD_ROWS = 3_000_000
+"""Samples whose keys one task sorts."""
 _GROUPS = 4
 """Tasks that a round's bands are dealt out to."""
 _ALONE = 50_000
