@@ -261,7 +261,7 @@ class RouterApp:
         request_log = RequestLog(
             writer, hooks, log.queue_rows, self._graders, self._redactor, self._answers.wants_answers
         )
-        request_log.start()
+        request_log.start(asyncio.get_running_loop())
         remote = Remote(log.upload) if log.upload is not None else None
         self._keeper = Keeper(folder, remote, log.keep_local, log.retention_days, hooks.uploaded)
         self._keeper.start()

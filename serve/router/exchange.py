@@ -1,7 +1,7 @@
 """The facts of one request, gathered while it runs; its log row is built from them afterwards.
 
-Everything costly (assembling text, building the row) happens in `build`, which the log calls in its own
-thread. Knows nothing about sockets.
+Everything costly (assembling text, building the row) happens in `build`, which the log calls when the client
+has its answer. Knows nothing about sockets.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Exchange:
     """One routed request from its assignment to its end."""
 
     __slots__ = (
-        "affinity", "assignment", "body", "cap", "chunks", "client_wants_usage", "completion_tokens", "e2e_s",
-        "ended", "endpoint", "error", "fell_back", "held", "key_id", "limits", "log_policy", "metrics",
-        "outcome", "overhead_s", "pair_id", "priority", "prompt_tokens", "request_id", "response", "route",
-        "served", "served_arm", "span", "started", "status", "stream", "streamed", "trace", "ts", "ttft_s",
-        "watcher",
+        "affinity", "assignment", "body", "body_bytes", "cap", "chunks", "client_wants_usage",
+        "completion_tokens", "e2e_s", "ended", "endpoint", "error", "fell_back", "held", "key_id", "limits",
+        "log_policy", "metrics", "outcome", "overhead_s", "pair_id", "priority", "prompt_tokens",
+        "request_id", "response", "route", "served", "served_arm", "span", "started", "status", "stream",
+        "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +102,8 @@ class Exchange:
         self.chunks: list[bytes] = []
         """The stream as the upstream sent it, events whole."""
         self.response: dict[str, Any] | None = None
+        self.body_bytes = 0
+        """Of the request, and of an answer that is no stream."""
         self.error: str | None = None
         self.span: SpanStart | None = None
         """Its place in a trace; None without tracing."""
@@ -170,6 +172,10 @@ class Exchange:
             response=self.response,
             error=self.error,
         )
+
+    def size(self) -> int:
+        """Bytes of the request and its answer."""
+        return self.body_bytes + sum(map(len, self.chunks))
 
     def log_mode(self) -> LogMode:
         """How much of the row may be written."""

@@ -114,6 +114,7 @@ class Intake:
             trace = b"".join(n + b": " + headers[n] + b"\r\n" for n in self._passed_on if n in headers)
         assignment = assign(route.split, kind, unit, override)
         ex = Exchange(request_id, endpoint, route, assignment, parsed, started, trace)
+        ex.body_bytes = len(body)
         settings = route.settings
         if settings.limits.max_tokens is not None:
             ex.cap = completion_cap(endpoint, {**settings.parameters, **parsed}, settings.limits.max_tokens)

@@ -102,6 +102,7 @@ class Relay:
     ) -> None:
         """A whole answer, sent once all of it is here: a replica that dies midway costs nothing."""
         status = connection.status
+        ex.body_bytes += len(body)
         if outcome is Outcome.OK:
             ex.response = parse_body(body)
             if ex.response is not None:

@@ -7,9 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
-from sqlalchemy import Engine, delete, insert, or_, select, update
+import orjson
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Engine,
+    Executable,
+    Text,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -44,6 +61,30 @@ class Stored(Enum):
     SAME = "unchanged"
 
 
+@cache
+def _add_served(dialect: str) -> Executable:
+    """All rows as one JSON parameter: row by row, SQLite's driver lets go of the interpreter and takes it
+    again for each, and the router's event loop with it.
+    """
+    columns = [served.c[name] for name in Served._fields]
+    given: Any = bindparam("rows", type_=Text)
+    values: list[ColumnElement[Any]]
+    if dialect == "sqlite":
+        item = func.json_each(given).table_valued("value").c.value
+        values = [func.json_extract(item, f"$[{at}]") for at in range(len(columns))]
+        # Without a condition SQLite takes ON CONFLICT for a join's.
+        chosen = select(*values).where(true())
+        inserted = sqlite.insert(served).from_select(columns, chosen)
+        return inserted.on_conflict_do_nothing(index_elements=[served.c.request_id])
+    item = func.json_array_elements(cast(given, JSON)).column_valued("item")
+    values = [cast(item.op("->>")(at), column.type) for at, column in enumerate(columns)]
+    return (
+        postgresql.insert(served)
+        .from_select(columns, select(*values))
+        .on_conflict_do_nothing(index_elements=[served.c.request_id])
+    )
+
+
 class FeedbackState:
     """Typed access to the feedback tables of one state store."""
 
@@ -54,12 +95,12 @@ class FeedbackState:
 
     def add_served(self, rows: Sequence[Served]) -> None:
         """Note served requests; one that is there already (a retried write, or a client's own id) stays."""
-        if not rows:
-            return
-        dialect = sqlite if self._engine.dialect.name == "sqlite" else postgresql
-        statement = dialect.insert(served).on_conflict_do_nothing(index_elements=[served.c.request_id])
-        with self._engine.begin() as db:
-            db.execute(statement, [row._asdict() for row in rows])
+        if rows:
+            with self._engine.begin() as db:
+                db.execute(
+                    _add_served(self._engine.dialect.name),
+                    {"rows": orjson.dumps([tuple(row) for row in rows]).decode()},
+                )
 
     def find_served(self, request_id: str) -> Served | None:
         """A served request, or None."""

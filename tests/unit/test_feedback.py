@@ -128,6 +128,16 @@ def test_served_requests_are_found_until_they_are_pruned(state: FeedbackState) -
     assert state.feedback_on(["r1"]) == []
 
 
+def test_served_requests_come_back_as_they_were(state: FeedbackState) -> None:
+    """They go in as one JSON parameter: quotes, backslashes, other scripts, floats and None survive."""
+    odd = served("r'1\"\\ü漢")._replace(
+        rollout_id=None, subjects='user:0 conversation:"1"', at=1795702920.2575834
+    )
+    state.add_served([odd, served("r2")._replace(rollout_id="x", split_version=2**31 - 1)])
+    assert state.find_served(odd.request_id) == odd
+    assert state.find_served("r2") == served("r2")._replace(rollout_id="x", split_version=2**31 - 1)
+
+
 def test_erasing_forgets_requests_and_judgements(state: FeedbackState) -> None:
     """By request, or by whose it was: nothing of it is left, and feedback on it is refused from then on."""
     state.add_served(

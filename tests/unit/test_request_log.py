@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -39,6 +40,9 @@ class Drafted:
 
     def log_mode(self) -> LogMode:
         return self.mode
+
+    def size(self) -> int:
+        return len(self.made.model_dump_json())
 
 
 class Hooks:
@@ -92,6 +96,49 @@ def test_a_clean_stop_writes_everything(tmp_path: Path) -> None:
     assert [r["request"]["n"] for r in rows_in(tmp_path)] == list(range(500))
     assert not list(tmp_path.glob("*.open.jsonl"))
     assert hooks.seen["written"] == 500
+
+
+async def test_small_rows_are_built_on_the_event_loop(tmp_path: Path) -> None:
+    """A thread would fight the loop for the interpreter; redacted and large ones are still the thread's."""
+    built: list[tuple[str, int]] = []
+
+    class Watched(Drafted):
+        def build(self) -> RequestRow:
+            built.append((threading.current_thread().name, self.made.request["n"]))
+            return self.made
+
+    big = row(2).model_copy(update={"request": {"n": 2, "text": "x" * 70_000}})
+    log = RequestLog(SegmentWriter(tmp_path, "h-1-ab", 10**9, 3600), Hooks(), 1000)
+    log.start(asyncio.get_running_loop())
+    for draft in (Watched(row(1)), Watched(big), Watched(row(3), LogMode.REDACTED), Watched(row(4))):
+        log.submit(draft)
+    while len(built) < 4:
+        await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(log.close)
+    here, thread = threading.current_thread().name, "request-log-build"
+    assert sorted(built, key=lambda one: one[1]) == [(here, 1), (thread, 2), (thread, 3), (here, 4)]
+    assert sorted(r["request"]["n"] for r in rows_in(tmp_path)) == [1, 2, 3, 4]
+
+
+async def test_stopping_builds_what_the_event_loop_did_not(tmp_path: Path) -> None:
+    """Nothing is lost between the loop that stops building and the thread that takes over."""
+    hooks = Hooks()
+    log = RequestLog(SegmentWriter(tmp_path, "h-1-ab", 10**9, 3600), hooks, 100_000)
+    log.start(asyncio.get_running_loop())
+    for number in range(3000):
+        log.submit(Drafted(row(number)))
+    await asyncio.sleep(0.06)
+    assert await asyncio.to_thread(log.close)
+    assert sorted(r["request"]["n"] for r in rows_in(tmp_path)) == list(range(3000))
+    assert hooks.seen["written"] == 3000
+
+
+def test_integers_of_any_size_are_logged(tmp_path: Path) -> None:
+    """The fast writer refuses more than 64 bits; the row is written all the same."""
+    log, _ = opened(tmp_path)
+    log.submit(Drafted(row(0).model_copy(update={"request": {"n": 0, "seed": 2**80}})))
+    assert log.close()
+    assert rows_in(tmp_path)[0]["request"] == {"n": 0, "seed": 2**80}
 
 
 def test_segments_rotate_by_size(tmp_path: Path) -> None:
