@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from contracts.config import load_config
 
@@ -190,7 +190,7 @@ def _print(facts: dict[str, Any]) -> None:
         )
         routes.add_row(r["route"], str(r["new_rows"]), held, r["says"])
     console.print(routes)
-    runs = Table("run", "state", "trigger", "at", "hours", "what")
+    runs = Table(Column("run", no_wrap=True), "state", "trigger", "at", "hours", "what")
     for run_ in facts["runs"]:
         at = datetime.fromtimestamp(run_["queued_at"]).strftime("%m-%d %H:%M")
         what = run_["ref"] or run_["stage"] or (run_["why"].splitlines() or [""])[0]
