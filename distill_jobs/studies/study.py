@@ -17,9 +17,9 @@ from contracts.errors import DataError
 from distill_jobs.config import DistillConfig
 from distill_jobs.evaluation_set import pin_dataset
 from distill_jobs.keys import model_digest, model_folder, sha256_of
-from distill_jobs.pipeline import run_pipeline
+from distill_jobs.pipeline import order_of, run_pipeline
 from distill_jobs.progress import Listener
-from distill_jobs.stage import ORDER, locked
+from distill_jobs.stage import locked
 from distill_jobs.studies.config import StudyConfig
 from distill_jobs.studies.report import write_report
 from distill_jobs.studies.run_trial import TrialJob, run_trial
@@ -77,7 +77,8 @@ def _jobs(
         config = trial.config
         shared = sha256_of(config.model_dump(mode="json", exclude=_AFTER_TEACH))
         if shared not in made:
-            for stage in ORDER[: ORDER.index("train")]:
+            order = order_of(config)
+            for stage in order[: order.index("train")]:
                 made[shared] = run_pipeline(config, only=stage, say=say, listener=listener).manifests
         jobs.append(_job(study, trial, made[shared]))
     return jobs

@@ -148,7 +148,7 @@ def test_a_run_survives_the_loss_of_a_node(tmp_path: Path, base: Path) -> None:
     lines = _progress(tmp_path / "student.run")
     resumed = next(i for i in range(1, len(lines)) if lines[i]["step"] <= lines[i - 1]["step"])
     assert lines[resumed]["step"] % 20 == 1
-    assert lines[resumed]["step"] >= 41
+    assert lines[resumed]["step"] >= 21
     assert [line["workers"] for line in lines] == [2] * resumed + [1] * (len(lines) - resumed)
     assert [line["step"] for line in lines[resumed:]] == list(range(int(lines[resumed]["step"]), 181))
     _same(out, _straight(data, base, epochs=60))
