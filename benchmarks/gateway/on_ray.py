@@ -31,6 +31,7 @@ def main(which: str, *args: str) -> None:
 
         (port,) = free_ports(1)
         ray.init(
+            address="local",
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
