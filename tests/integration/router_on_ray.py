@@ -31,6 +31,7 @@ def main(config: str, multiproc_dir: str, replicas: int) -> None:
             port = free.getsockname()[1]
         root = str(Path(__file__).resolve().parents[2])
         ray.init(
+            address="local",
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
