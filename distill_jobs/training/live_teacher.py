@@ -20,6 +20,7 @@ from contracts.errors import ConfigError
 from distill_jobs.training.columns import tag_code
 from distill_jobs.training.data import MicroBatch
 from distill_jobs.training.divergence import HiddenTeacher, MixtureTeacher, Teacher
+from distill_jobs.training.heads import check_head
 from distill_jobs.training.method_config import LiveTeacherConfig, TeacherModel
 from distill_jobs.training.recorder import Recorder, Seen
 
@@ -63,6 +64,7 @@ class LiveTeacher:
         except (OSError, ValueError) as err:
             raise ConfigError(f"train.teacher: {config.model!r} cannot be loaded: {err}") from err
         self.model = model.to(device).eval().requires_grad_(False)
+        check_head(self.model, f"train.teacher: {config.model!r}")
         if attention is not None:
             self.model.set_attn_implementation(attention)
         self.head: Tensor = self.model.get_output_embeddings().weight

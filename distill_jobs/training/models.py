@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from distill_jobs.training.config import ShapeConfig
+from distill_jobs.training.heads import check_head
 from distill_jobs.training.loop import writing
 
 
@@ -42,6 +43,7 @@ def load_model(base_model: str, shape: ShapeConfig | None, seed: int) -> Any:
     if shape is not None:
         return from_shape(shape, seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    check_head(model, base_model)
     return model
 
 
