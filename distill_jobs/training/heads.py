@@ -27,6 +27,6 @@ def check_head(model: Any, name: str) -> None:
     if not torch.allclose(rebuilt, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
         raise TrainingError(
             f"{name}: its logits are not its output matrix times its last hidden state (they have a bias, or"
-            " are scaled or capped, as in Gemma, Cohere or Granite). Take a model without, e.g. of the Qwen or"
-            " Llama families."
+            " are scaled or capped, as in Gemma, Cohere or Granite). Take a model without, e.g. of the Qwen"
+            " or Llama families."
         )
