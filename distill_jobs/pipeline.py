@@ -193,14 +193,14 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
     own: dict[str, object] = {}
     if name == "collect":
         own["window"] = [s.digest for s in inputs.window]
-        own["held_out"] = [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
+        own["held_out"] = _held_out(config, inputs)
     elif name == "publish":
         own["gates"] = [g.model_dump(mode="json") for g in config.gates]
     elif name in ("augment", "teach", "evaluate"):
         own["teacher"] = inputs.teacher_digest
     if name == "augment":
         own["prompts"] = prompt_digests(config.augment.prompts if config.augment else None)
-        own["held_out"] = [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
+        own["held_out"] = _held_out(config, inputs)
     if name == "teach" and config.teach.teachers:
         own["teachers"] = {
             t.name: model_digest(t.model) for t in config.teach.teachers if t.model is not None
@@ -212,6 +212,11 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
             own["champion"] = inputs.champion.record.artifact.digest
             own["champion_stored"] = _stored(config, inputs)
     return key_config(getattr(config, name)) | own
+
+
+def _held_out(config: DistillConfig, inputs: Inputs) -> list[str]:
+    """Digests of what no sample may resemble."""
+    return [digest_file(p) for p in config.collect.holdout] + [inputs.dataset_digest]
 
 
 def _stored(config: DistillConfig, inputs: Inputs) -> dict[str, float | None] | None:

@@ -5,8 +5,6 @@ Knows nothing about what the stages do; pipeline.py puts them in order.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from contracts.config import write_atomic
 from contracts.dataset import Manifest, OutputFile
 from contracts.errors import ConflictError, DataError
 from distill_jobs.keys import KEY_CHARS, git_revision, stage_key
+from distill_jobs.locks import held
 from distill_jobs.progress import Progress
 from registry.digest import bytes_of
 
@@ -121,17 +120,11 @@ def locked(workdir: Path) -> Iterator[None]:
     Raises: ConflictError naming the process that holds it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise ConflictError(
-                f"Another distill job (process {holder}) is running in {workdir}."
-                " Wait for it, or use another workdir."
-            ) from err
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with held(
+        workdir / ".lock",
+        lambda holder: (
+            f"Another distill job (process {holder}) is running in {workdir}."
+            " Wait for it, or use another workdir."
+        ),
+    ):
         yield

@@ -48,7 +48,7 @@ class Segment(Record):
     @property
     def is_feedback(self) -> bool:
         """True when its lines are users' judgements, not requests."""
-        return self.kind == "log" and self.name.startswith(_FEEDBACK)
+        return self.kind == "log" and is_feedback(self.name)
 
 
 def place(text: str) -> Place:
@@ -74,9 +74,7 @@ def pin_window(log_dir: Place | None, file: Path, sources: Sequence[SourceConfig
 
 
 def _log_segments(log_dir: Place) -> list[Segment]:
-    # By closed name: a segment that is renamed while the folder is listed may appear under both names.
-    found = {_closed(name): name for name in sorted(_names(log_dir), reverse=True)}
-    return [s for name in sorted(found.values()) if (s := _measure(log_dir, name)).bytes]
+    return [s for name in sorted(log_files(log_dir)) if (s := _measure(log_dir, name)).bytes]
 
 
 def _source_segments(source: SourceConfig) -> list[Segment]:
@@ -108,7 +106,7 @@ def open_segment(log_dir: Place, segment: Segment) -> IO[bytes]:
     """
     where = log_dir if segment.folder is None else Path(segment.folder)
     # The open name first: when it is gone, the rename has happened, and the closed name is there.
-    for name in (segment.name, _closed(segment.name)):
+    for name in (segment.name, closed_name(segment.name)):
         try:
             source = _open(where, name, segment.bytes)
         except FileNotFoundError:
@@ -143,7 +141,9 @@ def lines(log_dir: Place, segment: Segment) -> Iterator[bytes]:
 
 
 def log_files(log_dir: Place) -> dict[str, int]:
-    """Name → bytes of the log files there are now; of a file that is being renamed the closed name."""
+    """Name → bytes of the log files there are now. A segment that is renamed while the folder is listed may
+    appear under both names: it counts once, under the closed one.
+    """
     if isinstance(log_dir, Path):
         sizes = {path.name: _size(path) for path in log_dir.glob("*.jsonl")}
     else:
@@ -153,7 +153,7 @@ def log_files(log_dir: Place) -> dict[str, int]:
         except FileNotFoundError:
             listed = []
         sizes = {str(f["name"]).rstrip("/").rpartition("/")[2]: int(f["size"] or 0) for f in listed}
-    names = {_closed(n): n for n in sorted(sizes, reverse=True) if n.endswith(".jsonl") and n[0] != "."}
+    names = {closed_name(n): n for n in sorted(sizes, reverse=True) if n.endswith(".jsonl") and n[0] != "."}
     return {name: sizes[name] for name in names.values()}
 
 
@@ -161,7 +161,7 @@ def read_range(log_dir: Place, name: str, start: int, end: int) -> bytes:
     """Bytes [start, end) of a log file under its name or, since it was closed, its closed one; of one that is
     gone, none.
     """
-    for known in (name, _closed(name)):
+    for known in (name, closed_name(name)):
         try:
             if isinstance(log_dir, Path):
                 with (log_dir / known).open("rb") as source:
@@ -177,7 +177,7 @@ def read_range(log_dir: Place, name: str, start: int, end: int) -> bytes:
 
 def closed_name(name: str) -> str:
     """What a segment is called once it is closed: the same before and after."""
-    return _closed(name)
+    return name.removesuffix(_OPEN) + ".jsonl" if name.endswith(_OPEN) else name
 
 
 def is_feedback(name: str) -> bool:
@@ -190,22 +190,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:  # closed since the folder was listed: seen at the next look
         return 0
-
-
-def _closed(name: str) -> str:
-    return name.removesuffix(_OPEN) + ".jsonl" if name.endswith(_OPEN) else name
-
-
-def _names(log_dir: Place) -> list[str]:
-    if isinstance(log_dir, Path):
-        names = [path.name for path in log_dir.glob("*.jsonl")]
-    else:
-        fs, root = _remote(log_dir)
-        try:
-            names = [str(path).rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)]
-        except FileNotFoundError:
-            names = []
-    return [n for n in names if n.endswith(".jsonl") and not n.startswith(".")]
 
 
 def _open(log_dir: Place, name: str, size: int | None = None) -> IO[bytes]:
@@ -231,7 +215,7 @@ def _measure(log_dir: Place, name: str) -> Segment:
     try:
         source = _open(log_dir, name)
     except FileNotFoundError:  # closed since the folder was listed
-        name = _closed(name)
+        name = closed_name(name)
         source = _open(log_dir, name)
     digest, whole, rest = hashlib.sha256(), 0, b""
     with source:

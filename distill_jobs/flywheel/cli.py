@@ -167,7 +167,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
 
 def _alive(beat: tuple[int, float, str] | None, config: FlywheelConfig) -> bool:
     from distill_jobs.flywheel.daemon import LOCK
-    from distill_jobs.flywheel.launch import is_locked
+    from distill_jobs.locks import is_locked
 
     return beat is not None and is_locked(config.dir / LOCK)
 

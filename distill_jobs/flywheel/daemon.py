@@ -6,19 +6,16 @@ daemon, goes on from the stored state. Knows only the order of things.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from zoneinfo import ZoneInfo
 
-from contracts.errors import ConfigError, ConflictError, StillhouseError
+from contracts.errors import ConfigError, StillhouseError
 from distill_jobs.flywheel import job, processes
 from distill_jobs.flywheel.admit import Seen, decide
 from distill_jobs.flywheel.config import FlywheelConfig
@@ -29,6 +26,7 @@ from distill_jobs.flywheel.pressure import Gauge, Pressure, cpu_seconds, judge
 from distill_jobs.flywheel.runner import Runner
 from distill_jobs.flywheel.store import Run, Store
 from distill_jobs.flywheel.watch import Watcher
+from distill_jobs.locks import GLANCE_S, held
 
 log = logging.getLogger("stillhouse.flywheel")
 
@@ -59,7 +57,15 @@ class Daemon:
 
         Raises: ConflictError when another daemon works on the folder.
         """
-        with self._alone():
+        where = self._config.dir
+        with held(
+            where / LOCK,
+            lambda holder: (
+                f"Another flywheel (process {holder}) works in {where}."
+                " Stop it, or give this one another dir."
+            ),
+            GLANCE_S,
+        ):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._asked_to_leave)
             now = time.time()
@@ -166,28 +172,6 @@ class Daemon:
 
     def _asked_to_leave(self, number: int, frame: FrameType | None) -> None:
         self._leave.set()
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        with (self._config.dir / LOCK).open("a+") as lock:
-            for left in reversed(range(10)):  # `status` asks for the lock too, for an instant
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as err:
-                    if left:
-                        time.sleep(0.05)
-                        continue
-                    lock.seek(0)
-                    holder = lock.read().strip() or "unknown"
-                    raise ConflictError(
-                        f"Another flywheel (process {holder}) works in {self._config.dir}."
-                        " Stop it, or give this one another dir."
-                    ) from err
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            yield
 
 
 def _watcher(store: Store, config: FlywheelConfig, name: str) -> Watcher:

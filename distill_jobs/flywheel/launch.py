@@ -8,7 +8,6 @@ launchers of one run never run it twice. Imports next to nothing: it lives as lo
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import IO, Any
+
+from distill_jobs.locks import is_locked, take
 
 LOCK, LAUNCH, PID = "lock", "launch.json", "pid.json"
 TAKEN = 75
@@ -34,23 +35,11 @@ def held(folder: Path) -> bool:
     return is_locked(folder / LOCK)
 
 
-def is_locked(file: Path) -> bool:
-    """True while somebody holds a lock file."""
-    try:
-        with file.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def main(folder: Path) -> int:
     """Run what launch.json says, unless it runs or has run already."""
     spec = json.loads((folder / LAUNCH).read_text(encoding="utf-8"))
-    lock = _lock(folder / LOCK)
-    if lock is None:
+    lock = (folder / LOCK).open("a+", encoding="utf-8")  # closed by the end of this process
+    if not take(lock, _WAIT_S):  # a daemon that asks `held` has it for an instant
         return TAKEN
     ended = exit_file(folder, spec["attempt"])
     if ended.exists():
@@ -75,7 +64,7 @@ def boot_id() -> str:
         return ""
 
 
-def _run(spec: dict[str, Any], folder: Path, lock: IO[bytes]) -> int:
+def _run(spec: dict[str, Any], folder: Path, lock: IO[str]) -> int:
     with (folder / "run.log").open("ab") as log:
         try:
             child = subprocess.Popen(
@@ -91,20 +80,6 @@ def _run(spec: dict[str, Any], folder: Path, lock: IO[bytes]) -> int:
             log.write(f"{spec['argv'][0]} could not be started: {err}\n".encode())
             return 127
         return child.wait()
-
-
-def _lock(file: Path) -> IO[bytes] | None:
-    """The lock, held; None when somebody else keeps it."""
-    lock = file.open("ab")
-    deadline = time.monotonic() + _WAIT_S  # a daemon that asks `held` has it for an instant
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.05)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

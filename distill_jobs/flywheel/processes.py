@@ -118,12 +118,6 @@ def started_at(pid: int) -> float | None:
         return None
 
 
-def is_same(pid: int, started: float | None) -> bool:
-    """True when a pid is still the process that was seen."""
-    now = started_at(pid)
-    return now is not None and (started is None or abs(now - started) < 1.0)
-
-
 def tree(group: int) -> list[psutil.Process]:
     """Every process of a group, and what descends from them."""
     found: dict[int, psutil.Process] = {}

@@ -7,7 +7,6 @@ nothing about what a trial does.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from contracts.errors import TrainingError
 from distill_jobs.keys import sha256_of
 from distill_jobs.ray_session import ray_session
 from distill_jobs.studies.run_trial import TrialJob, run_trial
+from distill_jobs.ticking import every
 
 OnDone = Callable[[int, int], None]
 """Called with how many trials are finished, of how many."""
@@ -95,19 +95,9 @@ def _trial_name(trial: Any) -> str:
 @contextmanager
 def _counting(jobs: list[TrialJob], on_done: OnDone) -> Iterator[None]:
     """Tell how many results there are, now and then: a restored experiment forgets its callbacks."""
-    over = threading.Event()
 
     def count() -> None:
-        while True:
-            last = over.wait(_COUNT_EVERY_S)
-            on_done(sum(job.result.is_file() for job in jobs), len(jobs))
-            if last:
-                return
+        on_done(sum(job.result.is_file() for job in jobs), len(jobs))
 
-    thread = threading.Thread(target=count, name="study-progress", daemon=True)
-    thread.start()
-    try:
+    with every(_COUNT_EVERY_S, count, "study-progress"):
         yield
-    finally:
-        over.set()
-        thread.join()

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Scored = dict[str, np.ndarray]
 """Values of one row by column, each (completion, width): topk_ids and topk_logprobs, or hidden."""
 
-_HEAD_TOLERANCE = 0.05
-
 
 class LocalScorer:
     """A causal language model, in `config.dtype`, on the first GPU or on the CPU."""
@@ -43,7 +41,8 @@ class LocalScorer:
         self._config = config
         self._pad = pad
         self._salt = salt
-        self._head_checked = False
+        if config.scheme == "hidden":
+            self._check_head()
 
     def score(self, rows: Sequence[Row]) -> Iterator[Scored]:
         """What the teacher thinks of every row, in order; rows sorted by length pad little."""
@@ -63,14 +62,23 @@ class LocalScorer:
             start = stop
 
     def head(self) -> torch.Tensor:
-        """(V, d) output head, on the CPU. Raises: DataError when the head is more than one matrix."""
+        """(V, d) output head, on the CPU."""
+        weight: torch.Tensor = self._model.get_output_embeddings().weight.detach().to("cpu").contiguous()
+        return weight
+
+    def _check_head(self) -> None:
+        from distill_jobs.training.heads import rebuilds_logits
+
         head = self._model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise DataError(
                 "teach.scheme: hidden needs a teacher whose head is one matrix. Use scheme: sampled."
             )
-        weight: torch.Tensor = head.weight.detach().to("cpu").contiguous()
-        return weight
+        if not rebuilds_logits(self._model):
+            raise DataError(
+                "teach.scheme: hidden: this teacher's logits are not its head times its last hidden state"
+                " (they are scaled or capped). Use scheme: sampled or topk."
+            )
 
     def _batch(self, rows: Sequence[Row]) -> list[Scored]:
         import torch
@@ -100,27 +108,10 @@ class LocalScorer:
 
         if self._config.scheme == "hidden":
             states: torch.Tensor = self._model.base_model(**inputs).last_hidden_state[:, first : width - 1]
-            self._check_head(inputs, states, first)
             return states
         keep = torch.arange(first, width - 1, device=self._device)
         logits: torch.Tensor = self._model(**inputs, logits_to_keep=keep).logits
         return logits
-
-    def _check_head(self, inputs: dict[str, Any], states: torch.Tensor, first: int) -> None:
-        """Some architectures scale or cap their logits after the head: their states don't rebuild them."""
-        import torch
-
-        if self._head_checked:
-            return
-        keep = torch.tensor([first], device=self._device)
-        logits = self._model(**inputs, logits_to_keep=keep).logits[:1, 0].float()
-        rebuilt = states[:1, 0].float() @ self.head().to(self._device).float().T
-        if not torch.allclose(rebuilt, logits, rtol=_HEAD_TOLERANCE, atol=_HEAD_TOLERANCE):
-            raise DataError(
-                "teach.scheme: hidden: this teacher's logits are not its head times its last hidden state"
-                " (they are scaled or capped). Use scheme: sampled or topk."
-            )
-        self._head_checked = True
 
     def _row(self, values: torch.Tensor, row: Row) -> Scored:
         config = self._config

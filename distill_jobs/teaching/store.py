@@ -14,7 +14,6 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +95,6 @@ class Store:
         while len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
         return table
-
-
-def rows_stored(rows: Sequence[Row], store: Store | None) -> list[Scored | None]:
-    """What a store has of these rows, in their order."""
-    return [store.find(row) if store is not None else None for row in rows]
 
 
 def _keys(file: Path) -> np.ndarray:

@@ -40,11 +40,6 @@ def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
     return wrapped
 
 
-def is_adapted(model: Any) -> bool:
-    """Whether a model carries adapters."""
-    return hasattr(model, "peft_config")
-
-
 def save_student(
     model: Any,
     tokenizer: str,

@@ -45,7 +45,6 @@ DTYPES = {
     "rationale": np.bool_,
     "teacher": np.uint32,
 }
-ANSWER_COLUMNS = ("topk_ids", "topk_logprobs", "hidden")
 
 
 @dataclass(slots=True)

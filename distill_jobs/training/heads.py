@@ -12,11 +12,9 @@ _HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-
 """Relative, by what the model computes in."""
 
 
-def check_head(model: Any, name: str) -> None:
-    """Some architectures add a bias to their logits, scale or cap them; the chunked op rebuilds logits as the
-    head's matrix times the last hidden state, and would train or copy another model.
-
-    Raises: TrainingError.
+def rebuilds_logits(model: Any) -> bool:
+    """Whether the logits are the output matrix times the last hidden state, and nothing after that: some
+    architectures add a bias, scale or cap them.
     """
     ids = torch.arange(1, 5, device=model.device)[None]
     with torch.no_grad():
@@ -24,7 +22,15 @@ def check_head(model: Any, name: str) -> None:
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float()
         rebuilt = hidden @ model.get_output_embeddings().weight.float().T
     tolerance = _HEAD_TOLERANCE[model.dtype]
-    if not torch.allclose(rebuilt, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
+    return torch.allclose(rebuilt, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max()))
+
+
+def check_head(model: Any, name: str) -> None:
+    """Refuse a model whose logits the chunked op cannot rebuild: it would train or copy another one.
+
+    Raises: TrainingError.
+    """
+    if not rebuilds_logits(model):
         raise TrainingError(
             f"{name}: its logits are not its output matrix times its last hidden state (they have a bias, or"
             " are scaled or capped, as in Gemma, Cohere or Granite). Take a model without, e.g. of the Qwen"

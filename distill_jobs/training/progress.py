@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from distill_jobs.ticking import every
 
 PROGRESS = "progress.jsonl"
 
@@ -40,28 +41,19 @@ def following(path: Path, on_progress: Callable[[dict[str, float]], None] | None
     if on_progress is None:
         yield
         return
-    done = threading.Event()
     position = path.stat().st_size if path.exists() else 0
 
     def follow() -> None:
         nonlocal position
-        while True:
-            last = done.wait(0.5)
-            if path.exists():
-                with path.open(encoding="utf-8") as lines:
-                    lines.seek(position)
-                    whole = lines.read()
-                whole = whole[: whole.rfind("\n") + 1]
-                position += len(whole.encode())
-                for line in whole.splitlines():
-                    on_progress(json.loads(line))
-            if last:
-                return
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as lines:
+            lines.seek(position)
+            whole = lines.read()
+        whole = whole[: whole.rfind("\n") + 1]
+        position += len(whole.encode())
+        for line in whole.splitlines():
+            on_progress(json.loads(line))
 
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
-    try:
+    with every(0.5, follow, "training-progress"):
         yield
-    finally:
-        done.set()
-        thread.join()

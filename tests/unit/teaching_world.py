@@ -41,6 +41,7 @@ def run(
     answer: Any = None,
     cache_dir: Path | None = None,
     digest: str = "digest",
+    max_model_len: int = 512,
 ) -> Result:
     """Run the stage in `<tmp>/teach` with one validation sample."""
     (tmp / "teach").mkdir(exist_ok=True, parents=True)
@@ -52,7 +53,7 @@ def run(
     extra = {"answer": answer} if answer else {}
     return teach.run(
         config,
-        EngineConfig(max_model_len=512),
+        EngineConfig(max_model_len=max_model_len),
         teacher,
         digest,
         collected,

@@ -7,22 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from contracts.errors import ConfigError, DataError
-from distill_jobs import teach
 from distill_jobs.config import EngineConfig, TeachConfig
 from distill_jobs.engine import write_lines
-from distill_jobs.progress import Progress
-from distill_jobs.stage import Result
 from distill_jobs.teaching.size import cache_size
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.training.data import Rows
 from tests.integration.pipeline_world import write_model, write_tokenizer
+from tests.unit.teaching_world import SAMPLES, rows_of, run, sample
 
 EOS = 2
 
@@ -33,46 +30,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     write_model(folder, hidden=64, layers=2, seed=0)
     return folder
-
-
-def sample(text: str, answer: str | None) -> dict[str, Any]:
-    """A collected sample."""
-    messages = [{"role": "user", "content": text}]
-    request = json.dumps({"messages": messages})
-    return {
-        "sample_digest": f"d-{text}",
-        "request": request,
-        "messages": json.dumps(messages),
-        "answer": answer,
-    }
-
-
-SAMPLES = [sample("refund", "[1]"), sample("a much longer request", "ok then"), sample("hi", "x")]
-
-
-def run(
-    tmp: Path,
-    teacher: Path,
-    samples: list[dict[str, Any]],
-    config: TeachConfig,
-    answer: teach.Answerer | None = None,
-) -> Result:
-    """Run the stage with one validation sample."""
-    collected = {"train": tmp / "train.parquet", "validation": tmp / "validation.parquet"}
-    pq.write_table(pa.Table.from_pylist(samples), collected["train"])
-    pq.write_table(pa.Table.from_pylist([sample("v", "v")]), collected["validation"])
-    (tmp / "teach").mkdir(exist_ok=True)
-    extra = {"answer": answer} if answer else {}
-    quiet = lambda text: None  # noqa: E731
-    engine = EngineConfig(max_model_len=128)
-    progress = Progress(tmp / "progress.json")
-    return teach.run(config, engine, teacher, "digest", collected, tmp / "teach", progress, quiet, **extra)
-
-
-def rows_of(result: Result, split: str = "train") -> dict[str, dict[str, Any]]:
-    """Rows by sample digest."""
-    table = pq.read_table(sorted(Path(result.outputs[split].path).glob("part-*.parquet")))
-    return {r["sample_digest"]: r for r in table.to_pylist()}
 
 
 def test_position_j_predicts_completion_token_j(tmp_path: Path, teacher: Path) -> None:
@@ -160,7 +117,7 @@ def test_missing_answers_are_asked_of_the_teacher(tmp_path: Path, teacher: Path)
 def test_answers_that_leave_no_room_for_a_prompt_are_refused(tmp_path: Path, teacher: Path) -> None:
     """Rather than leaving every request unanswered."""
     with pytest.raises(ConfigError, match=r"teach\.answer_tokens"):
-        run(tmp_path, teacher, [sample("one", None)], TeachConfig(k=2, answer_tokens=128))
+        run(tmp_path, teacher, [sample("one", None)], TeachConfig(k=2, answer_tokens=128), max_model_len=128)
 
 
 def test_long_samples_are_counted_and_none_left_is_an_error(tmp_path: Path, teacher: Path) -> None:
