@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from contracts.config import write_atomic
 from contracts.errors import EngineError
 from distill_jobs.config import EngineConfig
+from distill_jobs.lines import LineIndex, chunks, open_to_append, stream_lines
 from distill_jobs.worker_process import OnProgress, die_with_parent, run_worker
 
 if TYPE_CHECKING:
@@ -71,13 +72,7 @@ def run_engine(
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; a torn last line (a killed writer) is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return list(stream_lines(path))
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -205,19 +200,18 @@ def _answer(llm: LLM, job: dict[str, Any], out: Path) -> None:
     """Answers, appended a chunk at a time; those an earlier run wrote are kept. Of several drawn for a
     prompt, `choices` holds them all, and the row itself the first.
     """
-    path = out / "answers.jsonl"
-    prompts = read_lines(Path(job["prompts"]))
-    done = read_lines(path) if path.is_file() else []
-    write_lines(path, done)  # without a torn tail
-    known = {r["id"] for r in done}
-    todo = [p for p in prompts if p["id"] not in known]
-    with path.open("a", encoding="utf-8") as sink:
-        for start in range(0, len(todo), _CHUNK):
-            chunk = todo[start : start + _CHUNK]
+    prompts = Path(job["prompts"])
+    with open_to_append(out / "answers.jsonl") as sink:
+        known = LineIndex([out / "answers.jsonl"], "id")
+        total = left = 0
+        for prompt in stream_lines(prompts):
+            total, left = total + 1, left + (prompt["id"] not in known)
+        for chunk in chunks((p for p in stream_lines(prompts) if p["id"] not in known), _CHUNK):
             for prompt, output in zip(chunk, _draw(llm, chunk, job), strict=True):
                 sink.write(json.dumps(_answer_row(prompt, output.outputs)) + "\n")
             sink.flush()
-            _report(len(known) + start + len(chunk), len(prompts), "answers")
+            left -= len(chunk)
+            _report(total - left, total, "answers")
 
 
 def _answer_row(prompt: dict[str, Any], drawn: list[Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -24,6 +25,16 @@ KEY_CHARS = 12
 def sha256_of(value: object) -> str:
     """sha256 of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def sha256_of_each(values: Iterable[object]) -> str:
+    """`sha256_of` of a list, its values taken one at a time."""
+    digest, before = hashlib.sha256(b"["), ""
+    for value in values:
+        digest.update((before + canonical_json(value)).encode())
+        before = ","
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def key_config(section: BaseModel) -> dict[str, object]:

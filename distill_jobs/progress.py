@@ -47,8 +47,9 @@ class Progress:
         self._file = file
         self._listener = listener
         self._stage = ""
-        self._started = self._written = 0.0
+        self._started = self._written = self._since = 0.0
         self._first: int | None = None
+        self._unit = ""
 
     def begin(self, stage: str) -> None:
         """A stage starts to work."""
@@ -56,9 +57,12 @@ class Progress:
         self._tell("running", 0, 0, "", force=True)
 
     def update(self, done: int, total: int, unit: str = "") -> None:
-        """`done` of `total` units; units finished by an earlier run don't count for the estimate."""
-        if self._first is None:
-            self._first = done
+        """`done` of `total` units; units finished by an earlier run don't count for the estimate, nor does
+        the time that other units took.
+        """
+        if self._first is None or unit != self._unit:
+            self._since = 0.0 if self._first is None else time.time() - self._started
+            self._first, self._unit = done, unit
         self._tell("running", done, total, unit, force=done >= total)
 
     def end(self, state: str, stage: str | None = None) -> None:
@@ -74,7 +78,11 @@ class Progress:
         self._written = now
         seconds = now - self._started
         fresh = done - (self._first or 0)
-        eta = round(seconds / fresh * (total - done), 1) if state == "running" and fresh > 0 else None
+        eta = (
+            round((seconds - self._since) / fresh * (total - done), 1)
+            if state == "running" and fresh > 0
+            else None
+        )
         note = f"{done}/{total} {unit}" if total and unit else state
         event = Event(self._stage, state, done, total, unit, note, eta, round(seconds, 1), os.getpid(), now)
         write_atomic(self._file, json.dumps(asdict(event)) + "\n")

@@ -3,42 +3,35 @@
 The text is the logged answer when the teacher wrote it, else the teacher answers offline. What it thinks at
 every position of the completion (top-k or sampled log-probabilities, hidden states) goes into part files,
 whose columns are in teaching/parts.py; `manifest.json` beside them says scheme, k, teacher and vocabulary
-size. Knows nothing about students.
+size. Three phases, each over all samples with a window of them in memory: ask (one engine session a teacher),
+tokenise (into sorted files), score. Knows nothing about students.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from contracts.config import write_atomic
 from contracts.dataset import OutputFile
 from contracts.errors import DataError
-from contracts.plugins import load_function
 from distill_jobs.config import EngineConfig
 from distill_jobs.engine import run_engine
-from distill_jobs.keys import output_file, sha256_of
+from distill_jobs.keys import output_file, sha256_of, sha256_of_each
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
 from distill_jobs.teaching.answers import Texts, fill_answers, sampling_of
-from distill_jobs.teaching.ask import Answerer, ApiVoice, EngineVoice, Voice
+from distill_jobs.teaching.ask import Answerer, Answers, ApiVoice, EngineVoice, Voice
 from distill_jobs.teaching.config import TeachConfig
-from distill_jobs.teaching.demonstrations import choose, fitting
-from distill_jobs.teaching.merge import JOIN, assign
-from distill_jobs.teaching.rows import Row, tokenise
+from distill_jobs.teaching.rowfile import RowFile, sort_rows
+from distill_jobs.teaching.rows import Row, carried_by, tokenise
 from distill_jobs.teaching.scoring import Scoring, Teacher, check_vocabularies, teachers_of
 from distill_jobs.teaching.size import cache_size
+from distill_jobs.teaching.source import SPLITS, Source, of_teacher
 from distill_jobs.tokens import ChatTokenizer
-
-SPLITS = ("train", "validation")
-
-Sample = dict[str, Any]
 
 
 def run(
@@ -60,44 +53,71 @@ def run(
     tokenizer = ChatTokenizer(str(teacher))
     teachers = teachers_of(config, teacher, teacher_digest)
     vocabulary, hidden = _checked(config, teachers)
+    source = Source(config, collected, tokenizer)
+    texts = {one.name: Texts(_texts_folder(config, one, cache_dir)) for one in teachers}
+    said: dict[str, Answers] = {}
+    for one in teachers:
+        voice = _voice(one, config, engine, tokenizer, answer, folder)
+        questions = source.unknown(one.name, texts[one.name])
+        said[one.name] = voice.ask(questions, sampling_of(config), folder / "answers" / one.name)
     counts: Counter[str] = Counter()
-    samples = {split: pq.read_table(collected[split]).to_pylist() for split in SPLITS}
-    _show_demonstrations(config, samples, tokenizer)
-    for split in SPLITS:
-        samples[split] = _assigned(config, samples[split], counts)
-        for one in teachers:
-            voice = _voice(one, config, engine, tokenizer, answer, folder)
-            own = [s for s in samples[split] if s["teacher"].split(JOIN)[0] == one.name]
-            texts = Texts(_texts_folder(config, one, cache_dir))
-            fill_answers(own, config, voice, texts, folder / "answers" / one.name / split, counts)
-    longest = config.demonstrations.max_tokens if config.demonstrations else None
-    rows = {s: tokenise(samples[s], config.max_tokens, tokenizer, counts, longest) for s in SPLITS}
-    samples.clear()
+    reading = _Reading(config, source, tokenizer, texts, said, counts, progress)
+    rows = {s: sort_rows(reading.windows(s), folder / "rows" / s, config.window) for s in SPLITS}
     if not rows["train"]:
         raise DataError(f"No training sample fits into teach.max_tokens = {config.max_tokens}. Raise it.")
-    every = [r for own in rows.values() for r in own]
-    scored = sum(r.completion * len(r.teacher.split(JOIN)) for r in every)
-    say(cache_size(config, len(every), scored, vocabulary, hidden))
-    steps = _Steps(progress)
-    scoring = Scoring(config, teachers, folder, cache_dir, tokenizer.pad, counts, steps)
+    scored = sum(own.scored for own in rows.values())
+    say(cache_size(config, sum(map(len, rows.values())), scored, vocabulary, hidden))
+    scoring = Scoring(config, teachers, folder, cache_dir, tokenizer.pad, counts, steps := _Steps(progress))
     steps.total = scoring.steps(rows)
     scoring.write(rows)
     about: dict[str, object] = {
-        "k": _width(config, every, hidden),
+        "k": _width(config, rows, hidden),
         "teacher_digest": teacher_digest if not config.teachers else sha256_of([t.digest for t in teachers]),
         "vocab_size": vocabulary,
         "scheme": config.scheme,
     }
-    counts["positions"] = sum(r.completion for r in every)
+    counts["positions"] = sum(own.positions for own in rows.values())
     counts.update({split: len(own) for split, own in rows.items()})
-    return Result({s: _finished(folder / s, rows[s], about, scoring) for s in SPLITS}, dict(counts))
+    outputs = {s: _finished(folder / s, rows[s], about, scoring) for s in SPLITS}
+    shutil.rmtree(folder / "rows")
+    return Result(outputs, dict(counts))
 
 
-def _finished(folder: Path, rows: Sequence[Row], about: dict[str, object], scoring: Scoring) -> OutputFile:
+class _Reading:
+    """The second phase: answers filled in, samples to rows."""
+
+    def __init__(
+        self,
+        config: TeachConfig,
+        source: Source,
+        tokenizer: ChatTokenizer,
+        texts: Mapping[str, Texts],
+        said: Mapping[str, Answers],
+        counts: Counter[str],
+        progress: Progress,
+    ) -> None:
+        self._config, self._source, self._tokenizer = config, source, tokenizer
+        self._texts, self._said, self._counts, self._progress = texts, said, counts, progress
+        self._done, self._total = 0, source.count()
+
+    def windows(self, split: str) -> Iterator[tuple[list[Row], set[str]]]:
+        """Rows of each window, and the columns that its samples carry."""
+        config, shown = self._config, self._config.demonstrations
+        for window in self._source.windows(split, self._counts):
+            for name, said in self._said.items():
+                fill_answers(of_teacher(window, name), config, said, self._texts[name], self._counts)
+            longest = shown.max_tokens if shown else None
+            rows = tokenise(window, config.max_tokens, self._tokenizer, self._counts, longest)
+            yield rows, carried_by(window)
+            self._done = min(self._total, self._done + config.window)
+            self._progress.update(self._done, self._total, "samples")
+
+
+def _finished(folder: Path, rows: RowFile, about: dict[str, object], scoring: Scoring) -> OutputFile:
     """A split's manifest (and head) beside its parts."""
     if about["scheme"] == "hidden":
         _write_head(folder / "head.safetensors", scoring)
-    own = {"rows": len(rows), "rows_digest": sha256_of([(r.key, r.token_digest) for r in rows])}
+    own = {"rows": len(rows), "rows_digest": sha256_of_each((r.key, r.token_digest) for r in rows)}
     write_atomic(folder / "manifest.json", json.dumps(about | own, indent=1) + "\n")
     return output_file(folder, rows=len(rows))
 
@@ -131,45 +151,6 @@ def sizes_of(teacher: Path) -> tuple[int, int]:
     return int(text.vocab_size), int(text.hidden_size)
 
 
-def _show_demonstrations(
-    config: TeachConfig, samples: dict[str, list[Sample]], tokenizer: ChatTokenizer
-) -> None:
-    """Give every sample the conversation that its teacher sees; demonstrations are training samples only."""
-    if config.demonstrations is None:
-        return
-    for own in samples.values():
-        plain = [s for s in own if s.get("task") in (None, "answer")]
-        chosen = choose(plain, samples["train"], config.demonstrations.k, config.demonstrations.pool)
-        for sample, shown in zip(plain, chosen, strict=True):
-            room = config.demonstrations.max_tokens - _answer_tokens(config, sample, tokenizer)
-            length = partial(_prompt_tokens, tokenizer, sample["request"])
-            sample["teacher_messages"] = json.dumps(fitting(sample, shown, length, room))
-
-
-def _prompt_tokens(tokenizer: ChatTokenizer, request: str, messages: list[Sample]) -> int:
-    return len(tokenizer.prompt(request, messages))
-
-
-def _answer_tokens(config: TeachConfig, sample: Sample, tokenizer: ChatTokenizer) -> int:
-    """Tokens of a sample's answer, or what one may take that the teacher has yet to write."""
-    return config.answer_tokens if sample["answer"] is None else len(tokenizer.answer(sample["answer"]))
-
-
-def _assigned(config: TeachConfig, samples: Sequence[Sample], counts: Counter[str]) -> list[Sample]:
-    """Samples with the names of their teachers; those that no teacher wants are dropped and counted."""
-    label = load_function(config.label, "teach.label") if config.label else None
-    wanted = []
-    for sample in samples:
-        sample["teacher"] = assign(config, sample, label) if config.teachers else ""
-        if config.teachers and not sample["teacher"]:
-            counts["no_teacher"] += 1
-            continue
-        for name in filter(None, sample["teacher"].split(JOIN)):
-            counts[f"teacher_{name}"] += 1
-        wanted.append(sample)
-    return wanted
-
-
 def _voice(
     teacher: Teacher,
     config: TeachConfig,
@@ -194,11 +175,11 @@ def _texts_folder(config: TeachConfig, teacher: Teacher, cache_dir: Path | None)
     return cache_dir / f"teacher-texts-{key[:16]}"
 
 
-def _width(config: TeachConfig, rows: Sequence[Row], hidden: int) -> int:
+def _width(config: TeachConfig, rows: Mapping[str, RowFile], hidden: int) -> int:
     """Values a completion position in the parts."""
     if config.scheme == "hidden":
         return hidden
-    most = max(len(r.teacher.split(JOIN)) for r in rows) if config.scheme == "sampled" else 1
+    most = max(own.most_teachers for own in rows.values()) if config.scheme == "sampled" else 1
     return config.width * most
 
 

@@ -73,7 +73,7 @@ class AugmentConfig(StrictConfig):
     are.
     """
 
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"window"})
 
     paraphrase: ParaphraseConfig | None = Field(default=None, description="Requests said otherwise.")
     expand: ExpandConfig | None = Field(default=None, description="New requests in the style of the samples.")
@@ -102,6 +102,12 @@ class AugmentConfig(StrictConfig):
         default=1.0, gt=0, description="Weight of a new sample in training; a logged one has 1."
     )
     seed: int = Field(default=0, ge=0, description="Of the choice of samples.")
+    window: int = Field(
+        default=20_000,
+        ge=1,
+        description="Samples in memory at a time, whatever the collection's size; what is written does not"
+        " depend on it.",
+    )
 
     @model_validator(mode="after")
     def _does_something(self) -> AugmentConfig:

@@ -1,7 +1,7 @@
 """Which new texts resemble one that is there: exact Jaccard similarity of character 5-grams, no candidates
 missed.
 
-The index holds the new texts only, which are few; those that are there pass by one at a time, however many
+The index holds the new texts only, a window of them; those that are there pass by one at a time, however many
 they are. Knows nothing about samples.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from distill_jobs.collecting.shingles import jaccard, shingles
+from distill_jobs.collecting.shingles import shingles
 
 
 class Index:
@@ -18,16 +18,16 @@ class Index:
 
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
-        self._shingles: list[frozenset[str]] = []
+        self._sizes: list[int] = []
         self._texts: dict[str, list[int]] = {}
         self._holders: dict[str, list[int]] = {}
 
     def add(self, text: str) -> None:
         """Put a text in; it is named by its number, from 0."""
-        number = len(self._shingles)
+        number, own = len(self._sizes), shingles(text)
         self._texts.setdefault(text, []).append(number)
-        self._shingles.append(shingles(text))
-        for shingle in self._shingles[-1]:
+        self._sizes.append(len(own))
+        for shingle in own:
             self._holders.setdefault(shingle, []).append(number)
 
     def near(self, text: str) -> set[int]:
@@ -38,8 +38,9 @@ class Index:
         known = [s for s in mine if s in self._holders]
         if len(known) < self._threshold * len(mine):  # the union is no smaller than `mine`
             return set()
-        candidates = Counter(n for s in known for n in self._holders[s])
-        return {n for n in candidates if jaccard(mine, self._shingles[n]) >= self._threshold}
+        shared = Counter(n for s in known for n in self._holders[s])  # sizes of the intersections
+        limit = self._threshold
+        return {n for n, both in shared.items() if both / (len(mine) + self._sizes[n] - both) >= limit}
 
 
 def unlike(texts: Sequence[str], others: Iterable[str], threshold: float | None) -> list[bool]:

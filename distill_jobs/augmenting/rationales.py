@@ -18,7 +18,7 @@ from contracts.plugins import load_function
 from distill_jobs.augmenting.config import RationaleConfig
 from distill_jobs.collecting.rows import normalise
 from distill_jobs.keys import sha256_of
-from distill_jobs.teaching.ask import Question
+from distill_jobs.teaching.ask import Answers, Question
 
 Sample = dict[str, Any]
 Agree = Callable[[dict[str, Any], str, str], bool]
@@ -55,7 +55,7 @@ def split_answer(text: str, marker: str) -> tuple[str, str] | None:
 def rows(
     config: RationaleConfig,
     samples: Sequence[Sample],
-    said: dict[str, list[str]],
+    said: Answers,
     teacher_prompt: Template,
     student_prompt: Template,
     counts: Counter[str],

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from string import Template
 from typing import Any
 
@@ -19,6 +20,7 @@ from contracts.plugins import load_function
 from distill_jobs.augmenting.config import AugmentConfig, HardNegativesConfig
 from distill_jobs.collecting.rows import normalise, request_text
 from distill_jobs.keys import sha256_of
+from distill_jobs.sorting import Spilled
 from distill_jobs.teaching.ask import Question
 
 Sample = dict[str, Any]
@@ -42,17 +44,25 @@ class Ask:
     answer: str | None = None
 
 
-def asks(config: AugmentConfig, samples: Sequence[Sample], prompts: dict[str, Template]) -> list[Ask]:
-    """Everything that the configuration wants asked, in a fixed order."""
-    solved = sorted((s for s in samples if is_plain(s)), key=lambda s: str(s["sample_digest"]))
-    made: list[Ask] = []
-    if config.paraphrase is not None:
-        made += _paraphrases(config, solved, prompts["paraphrase"])
-    if config.expand is not None:
-        made += _expansions(config, solved, prompts["expand"])
-    if config.hard_negatives is not None:
-        made += _hard_negatives(config.hard_negatives, solved, prompts["hard_negatives"])
-    return made
+class Asks:
+    """Everything that the configuration wants asked, in a fixed order, read as often as wanted. Paraphrases
+    are made one at a time; the others, whose number the configuration says, are held.
+    """
+
+    def __init__(self, config: AugmentConfig, solved: Spilled[Sample], prompts: dict[str, Template]) -> None:
+        """`solved`: the plain samples by digest."""
+        self._config, self._solved, self._prompts = config, solved, prompts
+        self._held: list[Ask] = []
+        if config.expand is not None:
+            self._held += _expansions(config, solved, prompts["expand"])
+        if config.hard_negatives is not None:
+            shown = list(islice(solved, _POOL))
+            self._held += _hard_negatives(config.hard_negatives, shown, prompts["hard_negatives"])
+
+    def __iter__(self) -> Iterator[Ask]:
+        if self._config.paraphrase is not None:
+            yield from _paraphrases(self._config, self._solved, self._prompts["paraphrase"])
+        yield from self._held
 
 
 def is_plain(sample: Sample) -> bool:
@@ -117,28 +127,26 @@ def lines_of(text: str) -> list[str]:
     return found
 
 
-def _paraphrases(config: AugmentConfig, samples: Sequence[Sample], prompt: Template) -> list[Ask]:
+def _paraphrases(config: AugmentConfig, solved: Spilled[Sample], prompt: Template) -> Iterator[Ask]:
     assert config.paraphrase is not None
     own = config.paraphrase
-    return [
-        _ask(
-            "paraphrase",
-            prompt.substitute(request=said(s), n=own.per_sample),
-            (s,),
-            s["answer"] if own.keep_answer else None,
-        )
-        for s in picked(samples, own.samples, f"paraphrase-{config.seed}")
-    ]
+    for s in chosen(solved, own.samples, f"paraphrase-{config.seed}"):
+        text = prompt.substitute(request=said(s), n=own.per_sample)
+        yield _ask("paraphrase", text, (s,), s["answer"] if own.keep_answer else None)
 
 
-def _expansions(config: AugmentConfig, samples: Sequence[Sample], prompt: Template) -> list[Ask]:
+def _expansions(config: AugmentConfig, solved: Spilled[Sample], prompt: Template) -> list[Ask]:
     assert config.expand is not None
     own = config.expand
+    if not len(solved):
+        return []
+    asked = range(-(-own.requests // own.each))
+    drawn = [picked(len(solved), own.shown, f"expand-{config.seed}-{number}") for number in asked]
+    wanted = {place for places in drawn for place in places}
+    found = {place: s for place, s in enumerate(solved) if place in wanted}
     made = []
-    for number in range(-(-own.requests // own.each)):
-        shown = picked(samples, own.shown, f"expand-{config.seed}-{number}")
-        if not shown:
-            break
+    for number, places in enumerate(drawn):
+        shown = [found[place] for place in places]
         examples = "\n---\n".join(said(s) for s in shown)
         n = min(own.each, own.requests - number * own.each)
         made.append(_ask("expansion", prompt.substitute(examples=examples, n=n), tuple(shown), salt=number))
@@ -195,11 +203,20 @@ def said(sample: Sample) -> str:
     return str(next(m["content"] for m in json.loads(sample["messages"]) if m["role"] == "user"))
 
 
-def picked(samples: Sequence[Sample], count: int | None, seed: str) -> list[Sample]:
-    """A random choice, the same for the same samples and seed."""
-    if count is None or count >= len(samples):
-        return list(samples)
-    return random.Random(seed).sample(list(samples), count)
+def picked(total: int, count: int | None, seed: str) -> list[int]:
+    """Random places in 0..total-1, the same for the same total and seed."""
+    if count is None or count >= total:
+        return list(range(total))
+    return random.Random(seed).sample(range(total), count)
+
+
+def chosen(solved: Spilled[Sample], count: int | None, seed: str) -> Iterator[Sample]:
+    """A random choice in the order of the samples."""
+    if count is None:
+        yield from solved
+        return
+    places = set(picked(len(solved), count, seed))
+    yield from (s for place, s in enumerate(solved) if place in places)
 
 
 def _ask(kind: str, text: str, origin: tuple[Sample, ...], answer: str | None = None, salt: int = 0) -> Ask:

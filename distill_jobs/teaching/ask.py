@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import ConfigError
 from distill_jobs.config import EngineConfig
-from distill_jobs.engine import read_lines, run_engine, seed_of, write_lines
+from distill_jobs.engine import run_engine, seed_of
+from distill_jobs.lines import LineIndex, chunks, open_to_append, write_stream
 from distill_jobs.teaching.config import EndpointConfig
-from distill_jobs.teaching.endpoint import Body, Budget, Endpoint, chunks
+from distill_jobs.teaching.endpoint import Body, Budget, Endpoint
 from distill_jobs.tokens import ChatTokenizer
 
 Answerer = Callable[[dict[str, Any], EngineConfig], dict[str, Any]]
@@ -47,8 +48,31 @@ class Sampling:
     n: int = 1
 
 
-Answers = dict[str, list[str]]
+Answers = Mapping[str, list[str]]
 """Finished texts by question; unfinished ones (cut by max_tokens) are left out, a question may have none."""
+
+
+class Said(Mapping[str, list[str]]):
+    """The answers in a file of lines, read when asked for. 28 bytes of memory a question."""
+
+    def __init__(self, file: Path) -> None:
+        self._rows = LineIndex([file] if file.is_file() else [], "id")
+
+    def __getitem__(self, question: str) -> list[str]:
+        row = self._rows.find(question)
+        if row is None:
+            raise KeyError(question)
+        drawn = row.get("choices") or [row]
+        return [c["text"] for c in drawn if c["finish_reason"] == "stop" and c["text"]]
+
+    def __contains__(self, question: object) -> bool:
+        return question in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return (row["id"] for row in self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 class EngineVoice:
@@ -66,23 +90,31 @@ class EngineVoice:
         self._model, self._engine, self._tokenizer = model, engine, tokenizer
         self._field, self._answer = field, answer
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling, folder: Path) -> Answers:
-        """Answers to all questions that fit. Raises: ConfigError when none can; EngineError."""
-        room = self._engine.max_model_len - sampling.max_tokens
-        if questions and room <= 0:
-            raise ConfigError(
-                f"{self._field}.answer_tokens = {sampling.max_tokens} leaves no room for a prompt in"
-                f" evaluate.engine.max_model_len = {self._engine.max_model_len}. Lower the one or raise the"
-                f" other."
-            )
-        prompts = [{"id": q.id, "ids": self._tokenizer.prompt(q.request, q.messages)} for q in questions]
-        prompts = [p for p in prompts if len(p["ids"]) <= room]
-        if not prompts:
-            return {}
-        write_lines(folder / "prompts.jsonl", prompts)
-        job = {"prompts": str(folder / "prompts.jsonl"), **_sampling(sampling)}
+    def ask(self, questions: Iterable[Question], sampling: Sampling, folder: Path) -> Answers:
+        """Answers to all questions that fit, in one session of the engine however many they are; none when
+        an earlier run has them all. Raises: ConfigError when none can fit; EngineError.
+        """
+        answers, prompts = folder / "answers.jsonl", folder / "prompts.jsonl"
+        said = Said(answers)
+        left = (q for q in questions if q.id not in said)
+        if write_stream(prompts, self._prompts(left, sampling)) == 0:
+            return said
+        job = {"prompts": str(prompts), **_sampling(sampling)}
         self._answer({"model": str(self._model), "out": str(folder), "answer": job}, self._engine)
-        return _finished(read_lines(folder / "answers.jsonl"))
+        return Said(answers)
+
+    def _prompts(self, questions: Iterable[Question], sampling: Sampling) -> Iterator[dict[str, Any]]:
+        room = self._engine.max_model_len - sampling.max_tokens
+        for question in questions:
+            if room <= 0:
+                raise ConfigError(
+                    f"{self._field}.answer_tokens = {sampling.max_tokens} leaves no room for a prompt in"
+                    f" evaluate.engine.max_model_len = {self._engine.max_model_len}. Lower the one or raise"
+                    " the other."
+                )
+            ids = self._tokenizer.prompt(question.request, question.messages)
+            if len(ids) <= room:
+                yield {"id": question.id, "ids": ids}
 
 
 class ApiVoice:
@@ -92,26 +124,21 @@ class ApiVoice:
         self._endpoint = endpoint
         self._budget = Budget(spent, endpoint, field)
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling, folder: Path) -> Answers:
+    def ask(self, questions: Iterable[Question], sampling: Sampling, folder: Path) -> Answers:
         """Answers to all questions. Raises: EngineError when the server or the budget refuses; what was
         answered is kept.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "answers.jsonl"
-        done = read_lines(path) if path.is_file() else []
-        write_lines(path, done)  # without a torn tail
-        known = {r["id"] for r in done}
-        todo = [q for q in questions if q.id not in known]
-        with path.open("a", encoding="utf-8") as sink:
+        with open_to_append(path) as sink:
 
             def keep(row: dict[str, Any]) -> None:
-                done.append(row)
                 sink.write(json.dumps(row) + "\n")
                 sink.flush()
 
-            for chunk in chunks(todo, _CHUNK):
+            known = Said(path)
+            for chunk in chunks((q for q in questions if q.id not in known), _CHUNK):
                 asyncio.run(self._chunk(chunk, sampling, keep))
-        return _finished(done)
+        return Said(path)
 
     async def _chunk(
         self, questions: Sequence[Question], sampling: Sampling, keep: Callable[[dict[str, Any]], None]
@@ -142,10 +169,3 @@ Voice = EngineVoice | ApiVoice
 def _sampling(sampling: Sampling) -> dict[str, Any]:
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "n": sampling.n}
     return {"max_tokens": sampling.max_tokens, **drawn}
-
-
-def _finished(rows: Sequence[dict[str, Any]]) -> Answers:
-    return {
-        r["id"]: [c["text"] for c in r.get("choices") or [r] if c["finish_reason"] == "stop" and c["text"]]
-        for r in rows
-    }

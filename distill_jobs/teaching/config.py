@@ -181,7 +181,9 @@ class TeacherConfig(StrictConfig):
 class TeachConfig(StrictConfig):
     """The cache of the teacher's text and distributions."""
 
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"batch_tokens", "threads", "max_cache_gb", "cache"})
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset(
+        {"batch_tokens", "threads", "max_cache_gb", "cache", "window"}
+    )
 
     scheme: Scheme = Field(
         default="topk",
@@ -231,6 +233,12 @@ class TeachConfig(StrictConfig):
     )
     answer_tokens: int = Field(
         default=256, ge=1, description="Longest answer when the teacher answers offline, in tokens."
+    )
+    window: int = Field(
+        default=20_000,
+        ge=1,
+        description="Samples in memory at a time, whatever the collection's size; what is written does not"
+        " depend on it.",
     )
     shard_rows: int = Field(
         default=512, ge=1, description="Samples in one part file: the unit of work that a killed run repeats."

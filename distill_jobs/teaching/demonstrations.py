@@ -6,8 +6,9 @@ distillation). Likeness is lexical: cosine of TF-IDF over character 3- to 5-gram
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,31 +16,42 @@ import numpy as np
 
 _BLOCK = 1024
 _SYSTEM = ("system", "developer")
+_KEPT = ("sample_digest", "text", "messages", "answer")
+READ = (*_KEPT, "task")
+"""Columns of a sample that the pool looks at."""
 
 Sample = dict[str, Any]
 
 
-def choose(samples: Sequence[Sample], pool: Sequence[Sample], k: int, most: int) -> list[list[Sample]]:
-    """For each sample the k most similar of the pool's solved ones, the most similar first.
-
-    Never the sample itself, nor one of the same text (its answer would be given away). `most` bounds the
-    pool: the first by digest.
+class Pool:
+    """Solved samples to choose from: of a stream of any length the first `most` by digest, and no more of
+    them in memory.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    solved = sorted((s for s in pool if _solved(s)), key=lambda s: str(s["sample_digest"]))[:most]
-    if not solved or not samples:
-        return [[] for _ in samples]
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), dtype=np.float32)
-    shown = vectors.fit_transform([s["text"] for s in solved]).T.tocsr()
-    chosen = []
-    for start in range(0, len(samples), _BLOCK):
-        block = samples[start : start + _BLOCK]
-        likeness = (vectors.transform([s["text"] for s in block]) @ shown).toarray()
-        for sample, scores in zip(block, likeness, strict=True):
-            others = (solved[i] for i in np.argsort(-scores, kind="stable") if not _same(sample, solved[i]))
-            chosen.append(list(islice(others, k)))
-    return chosen
+    def __init__(self, samples: Iterable[Sample], most: int) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        solved = ({name: s[name] for name in _KEPT} for s in samples if _solved(s))
+        self._solved = heapq.nsmallest(most, solved, key=lambda s: str(s["sample_digest"]))
+        self._vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), dtype=np.float32)
+        if self._solved:
+            self._shown = self._vectors.fit_transform([s["text"] for s in self._solved]).T.tocsr()
+
+    def choose(self, samples: Sequence[Sample], k: int) -> list[list[Sample]]:
+        """For each sample the k most similar of the pool, the most similar first.
+
+        Never the sample itself, nor one of the same text (its answer would be given away).
+        """
+        if not self._solved:
+            return [[] for _ in samples]
+        chosen = []
+        for start in range(0, len(samples), _BLOCK):
+            block = samples[start : start + _BLOCK]
+            likeness = (self._vectors.transform([s["text"] for s in block]) @ self._shown).toarray()
+            for sample, scores in zip(block, likeness, strict=True):
+                best = (self._solved[i] for i in np.argsort(-scores, kind="stable"))
+                chosen.append(list(islice((other for other in best if not _same(sample, other)), k)))
+        return chosen
 
 
 def _same(a: Sample, b: Sample) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -190,9 +190,3 @@ def retry_after(value: str | None) -> float:
         except ValueError:
             return 0.0
     return min(max(0.0, seconds), _LONGEST_RETRY_AFTER_S) if seconds == seconds else 0.0
-
-
-def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive pieces of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -60,28 +60,37 @@ def tokenise(
     counts: Counter[str],
     teacher_max_tokens: int | None = None,
 ) -> list[Row]:
-    """Rows sorted by length so that a batch pads little; the same samples give the same order.
+    """Rows of the samples that have an answer, in their order.
 
     The student reads a sample's `student_messages` where it has them (collect took constant text out), the
     teacher its `teacher_messages` (demonstrations, the form of a rationale), both else its `messages`; all
     are JSON strings. Rows longer than `max_tokens`, or for the teacher than `teacher_max_tokens`, are
     dropped.
     """
-    carried = [c for c in CARRIED if any(s.get(c) is not None for s in samples)]
     rows = []
     for sample in samples:
         if sample["answer"] is None:
             counts["no_teacher_answer"] += 1
             continue
-        row = _row(sample, tokenizer, carried)
+        row = _row(sample, tokenizer)
         if len(row.input_ids) > max_tokens or len(row.teacher_ids) > (teacher_max_tokens or max_tokens):
             counts["too_many_tokens"] += 1
             continue
         rows.append(row)
-    return sorted(rows, key=lambda r: (len(r.teacher_ids), r.sample_digest))
+    return rows
 
 
-def _row(sample: dict[str, Any], tokenizer: ChatTokenizer, carried: list[str]) -> Row:
+def carried_by(samples: Sequence[dict[str, Any]]) -> set[str]:
+    """The columns of CARRIED that any of the samples has."""
+    return {name for name in CARRIED if any(s.get(name) is not None for s in samples)}
+
+
+def by_length(row: Row) -> tuple[int, str]:
+    """The order of rows in parts: a batch of neighbours pads little, the same samples give the same parts."""
+    return len(row.teacher_ids), row.sample_digest
+
+
+def _row(sample: dict[str, Any], tokenizer: ChatTokenizer) -> Row:
     answer = tokenizer.answer(sample["answer"])
     read = sample.get("student_messages") or sample["messages"]
     shown = sample.get("teacher_messages") or sample["messages"]
@@ -90,5 +99,5 @@ def _row(sample: dict[str, Any], tokenizer: ChatTokenizer, carried: list[str]) -
     teacher_ids = ids
     if shown != read:
         teacher_ids = np.asarray(tokenizer.prompt(sample["request"], shown) + answer, dtype=np.int32)
-    kept = {c: CARRIED[c] if sample.get(c) is None else sample[c] for c in carried}
+    kept = {c: default if sample.get(c) is None else sample[c] for c, default in CARRIED.items()}
     return Row(sample["sample_digest"], ids, len(prompt), teacher_ids, sample.get("teacher") or "", kept)

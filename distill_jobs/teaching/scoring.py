@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 from contracts.config import canonical_json
 from contracts.errors import ConfigError, DataError
 from distill_jobs.keys import key_config, model_digest, model_folder, sha256_of
+from distill_jobs.lines import chunks
 from distill_jobs.teaching.config import EndpointConfig, TeachConfig
 from distill_jobs.teaching.local import LocalScorer, Scored
 from distill_jobs.teaching.merge import JOIN, average_sampled, average_topk, pad_to
 from distill_jobs.teaching.parts import is_complete, part_name, write_part
+from distill_jobs.teaching.rowfile import RowFile
 from distill_jobs.teaching.rows import Row
 from distill_jobs.teaching.served import ServedScorer
 from distill_jobs.teaching.store import Store
@@ -93,15 +95,15 @@ class Scoring:
         self._counts, self._step = counts, step
         self._scorer: Scorer | None = None
 
-    def steps(self, rows: dict[str, list[Row]]) -> int:
+    def steps(self, rows: dict[str, RowFile]) -> int:
         """How many part files there are to write or to believe."""
         single = sum(_shards(r, self._config) for r in rows.values())
         if not self._config.teachers:
             return single
-        each = [_shards(_of(t, r), self._config) for t in self._teachers for r in rows.values()]
+        each = [_shards(r.of(t.name), self._config) for t in self._teachers for r in rows.values()]
         return single + sum(each)
 
-    def write(self, rows: dict[str, list[Row]]) -> None:
+    def write(self, rows: dict[str, RowFile]) -> None:
         """Part files of every split in `<folder>/<split>`."""
         if not self._config.teachers:
             self._by(self._teachers[0], rows, self._folder)
@@ -113,9 +115,8 @@ class Scoring:
         ):
             return
         for teacher in self._teachers:
-            self._by(
-                teacher, {s: _of(teacher, r) for s, r in rows.items()}, self._folder / "by" / teacher.name
-            )
+            own = {split: r.of(teacher.name) for split, r in rows.items()}
+            self._by(teacher, own, self._folder / "by" / teacher.name)
         self._merge(rows)
         shutil.rmtree(self._folder / "by")
 
@@ -125,7 +126,7 @@ class Scoring:
         assert isinstance(scorer, LocalScorer)
         return scorer.head()
 
-    def _by(self, teacher: Teacher, rows: dict[str, list[Row]], folder: Path) -> None:
+    def _by(self, teacher: Teacher, rows: dict[str, RowFile], folder: Path) -> None:
         """Parts of one teacher's rows."""
         store = self._store(teacher)
         self._scorer = None
@@ -178,10 +179,10 @@ class Scoring:
             about |= {"draws": config.draws, "proposal": config.proposal, "seed": config.seed}
         return Store(self._cache_dir / "teacher-outputs" / sha256_of(about)[:16], config.scheme, about)
 
-    def _merge(self, rows: dict[str, list[Row]]) -> None:
+    def _merge(self, rows: dict[str, RowFile]) -> None:
         """Parts of all rows, each the average of what its teachers wrote (of one alone: what it wrote)."""
         weights = {t.name: t.weight for t in self._teachers}
-        width = self._config.width * max(len(r.teacher.split(JOIN)) for own in rows.values() for r in own)
+        width = self._config.width * max(own.most_teachers for own in rows.values())
         for split, own in rows.items():
             stores = {
                 t.name: Store(self._folder / "by" / t.name / split, self._config.scheme)
@@ -210,16 +211,13 @@ class Scoring:
         return pad_to(average_sampled(whole, shares), width)
 
 
-def _of(teacher: Teacher, rows: Sequence[Row]) -> list[Row]:
-    return [r for r in rows if teacher.name in r.teacher.split(JOIN)]
+def _batches(rows: RowFile, config: TeachConfig) -> Iterator[tuple[int, list[Row]]]:
+    """(number of the first, rows) of each part, one part's in memory at a time."""
+    for number, batch in enumerate(chunks(rows, config.shard_rows)):
+        yield number * config.shard_rows, batch
 
 
-def _batches(rows: Sequence[Row], config: TeachConfig) -> Iterator[tuple[int, Sequence[Row]]]:
-    for start in range(0, len(rows), config.shard_rows):
-        yield start, rows[start : start + config.shard_rows]
-
-
-def _shards(rows: Sequence[Row], config: TeachConfig) -> int:
+def _shards(rows: RowFile, config: TeachConfig) -> int:
     return -(-len(rows) // config.shard_rows)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from contracts.errors import EngineError
+from distill_jobs.lines import chunks
 from distill_jobs.teaching.config import EndpointConfig, TeachConfig
-from distill_jobs.teaching.endpoint import Budget, Endpoint, chunks
+from distill_jobs.teaching.endpoint import Budget, Endpoint
 from distill_jobs.teaching.local import Scored
 from distill_jobs.teaching.rows import Row
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,12 @@ class Teacher:
         self.questions: list[Question] = []
         self.samplings: list[Sampling] = []
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling, folder: Path) -> dict[str, list[str]]:
+    def ask(self, questions: Iterable[Question], sampling: Sampling, folder: Path) -> dict[str, list[str]]:
         """Texts by question."""
-        self.questions += questions
+        asked = list(questions)
+        self.questions += asked
         self.samplings.append(sampling)
-        return {q.id: [self._say(q.messages[-1]["content"])] for q in questions}
+        return {q.id: [self._say(q.messages[-1]["content"])] for q in asked}
 
 
 TRAIN = [

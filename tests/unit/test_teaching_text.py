@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import pytest
 
 from distill_jobs.config import EngineConfig
 from distill_jobs.engine import write_lines
-from distill_jobs.teaching.answers import Texts, best, fill_answers
+from distill_jobs.teaching.answers import Texts, best, fill_answers, sampling_of, unknown
 from distill_jobs.teaching.ask import Question, Sampling
 from distill_jobs.teaching.config import TeachConfig
-from distill_jobs.teaching.demonstrations import choose, fitting, shown_to_teacher
+from distill_jobs.teaching.demonstrations import Pool, fitting, shown_to_teacher
 from distill_jobs.tokens import ChatTokenizer
 from tests.integration.pipeline_world import write_model
 from tests.unit.fake_openai import FakeOpenAI, serving
@@ -31,10 +31,11 @@ class FakeVoice:
         self.texts = list(texts)
         self.asked: list[str] = []
 
-    def ask(self, questions: Sequence[Question], sampling: Sampling, folder: Path) -> dict[str, list[str]]:
+    def ask(self, questions: Iterable[Question], sampling: Sampling, folder: Path) -> dict[str, list[str]]:
         """Texts of each question."""
-        self.asked += [q.messages[-1]["content"] for q in questions]
-        return {q.id: list(self.texts) for q in questions}
+        asked = list(questions)
+        self.asked += [q.messages[-1]["content"] for q in asked]
+        return {q.id: list(self.texts) for q in asked}
 
 
 def fill(
@@ -42,7 +43,9 @@ def fill(
 ) -> Counter[str]:
     """Answer samples; returns the counts."""
     counts: Counter[str] = Counter()
-    fill_answers(samples, TeachConfig(answers=answers), voice, texts or Texts(None), Path(), counts)  # type: ignore[arg-type]
+    config, known = TeachConfig(answers=answers), texts or Texts(None)
+    said = voice.ask(unknown(samples, config, known), sampling_of(config), Path())
+    fill_answers(samples, config, said, known, counts)
     return counts
 
 
@@ -143,16 +146,16 @@ POOL = [
 def test_demonstrations_are_similar_solved_and_never_the_sample_itself() -> None:
     """By characters in common; neither its own digest nor its own text, which would give the answer away."""
     twin = sample("please reset the password", "twin") | {"sample_digest": "other"}
-    chosen = choose([POOL[0], POOL[1]], [*POOL, twin], 2, 100)
+    chosen = Pool([*POOL, twin], 100).choose([POOL[0], POOL[1]], 2)
     assert chosen[0][0]["text"] == "where is my parcel number 18"
     assert chosen[1][0]["text"] == "reset my password now"
     for shown, own in zip(chosen, POOL, strict=False):
         assert len(shown) == 2
         assert own["text"] not in [s["text"] for s in shown]
         assert all(s["answer"] for s in shown)
-    assert choose([POOL[0]], [POOL[0]], 3, 100) == [[]]
-    assert choose([POOL[0]], [], 3, 100) == [[]]
-    assert choose([POOL[0]], [sample(" ", "empty")], 3, 100) == [[]]
+    assert Pool([POOL[0]], 100).choose([POOL[0]], 3) == [[]]
+    assert Pool([], 100).choose([POOL[0]], 3) == [[]]
+    assert Pool([sample(" ", "empty")], 100).choose([POOL[0]], 3) == [[]]
 
 
 def test_demonstrations_come_after_instructions_the_most_similar_last() -> None:
