@@ -173,8 +173,8 @@ class Echo:
 
 
 def test_few_samples_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 samples, 20 at a time, each of them asked about twice and each given a variant: of these 4,000
-    read again and again fewer than 1,000 are held at any time, most of them by readers of 256.
+    """1,000 samples, 20 at a time, each of them asked about twice and each given a variant: of these 2,000
+    read again and again fewer than 700 are held at any time, most of them by readers of 256.
     """
     plain, unpack, made = samples.windows, DictForm.unpack, variants.new_samples
 
@@ -185,10 +185,11 @@ def test_few_samples_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(samples, "windows", windows)
     monkeypatch.setattr(DictForm, "unpack", lambda self, batch: [Alive(s) for s in unpack(self, batch)])
     monkeypatch.setattr(augment, "new_samples", lambda *args: (Alive(s) for s in made(*args)))
-    collected = write_sides(tmp_path, (sample(f"question {n}", "y") for n in range(2000)))
+    collected = write_sides(tmp_path, (sample(f"question {n}", "y") for n in range(1000)))
     config = AugmentConfig(paraphrase={}, rationale={}, window=20, near_duplicates=None)
     progress = Progress(tmp_path / "progress.json")
     result = augment.run(config, Echo(), collected, [], tmp_path, progress)  # type: ignore[arg-type]
-    assert (result.counts["train"], result.counts["paraphrase"]) == (4000, 2000)
-    assert result.counts["rationale_unreadable"] == 2000
-    assert 256 <= Alive.most < 1000
+    assert (result.counts["train"], result.counts["paraphrase"]) == (2000, 1000)
+    assert result.counts["rationale_unreadable"] == 1000
+    print(Alive.most)
+    assert 256 <= Alive.most < 700

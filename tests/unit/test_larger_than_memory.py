@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from contracts.errors import DataError
-from distill_jobs import samples
+from distill_jobs import engine, samples
 from distill_jobs.keys import sha256_of, sha256_of_each
 from distill_jobs.lines import LineIndex, open_to_append, stream_lines, write_stream
 from distill_jobs.sorting import DictForm, sort_windows
@@ -103,3 +104,31 @@ def test_appending_goes_on_after_the_last_whole_line(tmp_path: Path, left: str) 
 def test_a_digest_of_each_is_the_digest_of_the_list(values: list[Any]) -> None:
     """Manifests say the same digest, whether the rows were in memory or not."""
     assert sha256_of_each(iter(values)) == sha256_of(values)
+
+
+def test_an_engine_answers_what_is_left_chunk_by_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 300 prompts two were answered before a kill: 298 are generated, 128 at a time, in order; progress
+    counts the earlier ones, and the torn line is gone.
+    """
+    chunks: list[list[int]] = []
+
+    def draw(llm: Any, prompts: list[dict[str, Any]], job: dict[str, Any]) -> list[Any]:
+        chunks.append([p["id"] for p in prompts])
+        said = SimpleNamespace(token_ids=[1], text="said", finish_reason="stop", logprobs=None)
+        return [SimpleNamespace(outputs=[said]) for _ in prompts]
+
+    monkeypatch.setattr(engine, "_draw", draw)
+    write_stream(tmp_path / "prompts.jsonl", ({"id": n, "ids": [n]} for n in range(300)))
+    (tmp_path / "answers.jsonl").write_text(
+        '{"id": 7, "text": "old"}\n{"id": 0, "text": "old"}\n{"id": 1, "te'
+    )
+    engine._answer(None, {"prompts": str(tmp_path / "prompts.jsonl")}, tmp_path)  # type: ignore[arg-type]
+    assert [len(chunk) for chunk in chunks] == [128, 128, 42]
+    assert [n for chunk in chunks for n in chunk] == [n for n in range(300) if n not in (0, 7)]
+    rows = list(stream_lines(tmp_path / "answers.jsonl"))
+    assert [row["text"] for row in rows] == ["old", "old"] + ["said"] * 298
+    assert capsys.readouterr().out.splitlines() == [
+        f"PROGRESS {done} 300 answers" for done in (130, 258, 300)
+    ]

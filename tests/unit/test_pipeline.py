@@ -283,6 +283,25 @@ def test_progress_estimates_from_what_this_run_did(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 95
 
 
+def test_progress_estimates_each_unit_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that counts samples and then part files: parts are neither as slow nor as many as samples."""
+    seen: list[Event] = []
+    clock = [1000.0]
+    monkeypatch.setattr("distill_jobs.progress.time.time", lambda: clock[0])
+    progress = Progress(tmp_path / "progress.json", seen.append)
+    progress.begin("teach")
+    for after, done, total, unit in (
+        (50, 500, 1000, "samples"),
+        (50, 1000, 1000, "samples"),
+        (20, 1, 5, "shards"),
+        (3, 2, 5, "shards"),
+    ):
+        clock[0] += after
+        progress.update(done, total, unit)
+    assert [e.eta_s for e in seen[1:]] == [None, 0.0, None, 9.0]
+    assert seen[-1].seconds == 123
+
+
 def test_keys_leave_out_how_the_work_is_done(world: World) -> None:
     """The list of operational settings names real fields, so a rename cannot quietly put one into a key."""
     config = world.config()
