@@ -48,8 +48,9 @@ ADDED = (
 KINDS = ("paraphrase", "expand", "hard_negatives")
 _COMPARED = 4096
 """New samples compared with all others at a time, at most: an index takes some hundred bytes a character."""
-_GROUP = 256
-"""Rows of a row group, whatever the window: the file is the same."""
+_BATCH, _GROUP = 256, 16
+"""Samples made columns at a time, and batches of them in a row group: the file is the same for every window.
+"""
 
 Sample = dict[str, Any]
 
@@ -214,9 +215,10 @@ def _write(path: Path, rows: Iterable[Iterable[Sample]], form: DictForm) -> int:
     """The samples one after the other; returns how many."""
     tmp = path.with_name(f".{path.name}.tmp")
     count = 0
+    batches = (form.pack(piece) for piece in chunks(chain.from_iterable(rows), _BATCH))
     with pq.ParquetWriter(tmp, form.schema) as out:
-        for group in chunks(chain.from_iterable(rows), _GROUP):
-            out.write_batch(form.pack(group))
-            count += len(group)
+        for group in chunks(batches, _GROUP):
+            out.write_table(table := pa.Table.from_batches(group))
+            count += len(table)
     tmp.replace(path)
     return count

@@ -67,7 +67,8 @@ def run(
         raise DataError(f"No training sample fits into teach.max_tokens = {config.max_tokens}. Raise it.")
     scored = sum(own.scored for own in rows.values())
     say(cache_size(config, sum(map(len, rows.values())), scored, vocabulary, hidden))
-    scoring = Scoring(config, teachers, folder, cache_dir, tokenizer.pad, counts, steps := _Steps(progress))
+    steps = _Steps(progress)
+    scoring = Scoring(config, teachers, folder, cache_dir, tokenizer.pad, counts, steps)
     steps.total = scoring.steps(rows)
     scoring.write(rows)
     about: dict[str, object] = {
