@@ -25,7 +25,7 @@ from benchmarks.results import write
 from contracts.errors import StillhouseError
 from distill_jobs.training.recipes import recipe_names
 
-ROWS, STEPS, HELD_OUT = 2400, 150, 400
+ROWS, STEPS, HELD_OUT = 2400, 120, 400
 BEST_ROWS, BEST_STEPS = 6000, 1500
 RATIONALE_SHARE = 0.8
 ANSWERING = 0.03  # seconds a held-out request, of a student
