@@ -2,7 +2,8 @@
 
 Each side runs in a process of its own, so that neither finds memory the other left. On a CPU the peak is
 the process's resident set above what it holds before the step (VmHWM, reset first); on CUDA it is the
-allocator's. Both include the gradients. Knows nothing about trainers.
+allocator's. Both include the gradients. A row names the path that ran: eager, torch (the op on a CPU), or
+fused (the op on CUDA). Knows nothing about trainers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from benchmarks.results import Bar, at_most
 from distill_jobs.training.divergence import Divergence, HiddenTeacher, LossWeights, linear_divergence
+from distill_jobs.training.divergence.fused import fusible
 
 TEMPERATURE, KD, HARD, BETA = 2.0, 1.0, 0.5, 0.5
 
@@ -42,19 +44,21 @@ CUDA = Shape(8192, 4096, 128_256, "bfloat16")
 
 
 def inputs(shape: Shape, device: str) -> dict[str, Tensor]:
-    """Random hidden states, output matrices and labels."""
-    generator = torch.Generator().manual_seed(0)
-    made = {
-        "hidden": torch.randn(shape.rows, shape.width, generator=generator),
-        "weight": torch.randn(shape.vocabulary, shape.width, generator=generator) * shape.width**-0.5 * 2,
-        "teacher_hidden": torch.randn(shape.rows, shape.width, generator=generator),
-        "teacher_head": torch.randn(shape.vocabulary, shape.width, generator=generator)
-        * shape.width**-0.5
-        * 2,
+    """Random hidden states, output matrices and labels, drawn on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(rows: int, size: float) -> Tensor:
+        drawn = torch.randn(rows, shape.width, generator=generator, device=device) * size
+        return drawn.to(getattr(torch, shape.dtype))
+
+    matrix = 2 * shape.width**-0.5
+    return {
+        "hidden": draw(shape.rows, 1),
+        "weight": draw(shape.vocabulary, matrix),
+        "teacher_hidden": draw(shape.rows, 1),
+        "teacher_head": draw(shape.vocabulary, matrix),
+        "labels": torch.randint(shape.vocabulary, (shape.rows,), generator=generator, device=device),
     }
-    moved = {k: v.to(device, getattr(torch, shape.dtype)) for k, v in made.items()}
-    labels = torch.randint(shape.vocabulary, (shape.rows,), generator=generator)
-    return {**moved, "labels": labels.to(device)}
 
 
 def eager(one: dict[str, Tensor], kind: str) -> Tensor:
@@ -83,6 +87,14 @@ def chunked(one: dict[str, Tensor], kind: str) -> Tensor:
 
 
 SIDES: dict[str, Callable[[dict[str, Tensor], str], Tensor]] = {"eager": eager, "chunked": chunked}
+
+
+def path(side: str, one: dict[str, Tensor]) -> str:
+    """Which code a side runs."""
+    if side == "eager":
+        return side
+    logits = torch.empty(0, dtype=torch.float32, device=one["hidden"].device)
+    return "fused" if fusible(logits, HiddenTeacher(one["teacher_hidden"], one["teacher_head"])) else "torch"
 
 
 def resident(field: str) -> int:
@@ -122,12 +134,13 @@ def measure(side: str, kind: str, shape: Shape, device: str, repeats: int) -> di
         seconds.append(time.perf_counter() - started)
         peaks.append(_peak(device) - held)
     norms = [float(leaf.grad.double().norm()) for leaf in leaves if leaf.grad is not None]
-    return {"seconds": min(seconds), "peak_bytes": max(peaks), "loss": float(loss.detach()), "norms": norms}
+    found = {"path": path(side, one), "seconds": min(seconds), "peak_bytes": max(peaks)}
+    return {**found, "loss": float(loss.detach()), "norms": norms}
 
 
 def _fresh(side: str, kind: str, threads: int, repeats: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.distillation.op", side, kind, str(threads), str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -34,6 +34,9 @@ def config(spec: dict[str, Any]) -> TrainConfig:
         {
             "batch_rows": spec["batch"],
             "max_steps": spec["steps"],
+            "micro_tokens": None
+            if torch.cuda.is_available()
+            else 256,  # costs a CPU no time, and saves memory
             "dtype": spec["dtype"],
             "optimizer": {"lr": spec["lr"]},
             "loss": {"divergence": "jsd", "beta": spec["beta"], "hard_weight": 0.0},

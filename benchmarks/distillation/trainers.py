@@ -28,6 +28,7 @@ from demo.world.tools import canonical
 MODELS = ROOT / "demo" / "models"
 VOCABULARY = 32_768
 SKIP = 1
+ROUNDS = 2  # the sides take turns, and each one's faster run counts
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,13 @@ def compare(one: Setting, threads: int, dtype: str, folder: Path) -> tuple[list[
         "imports": ["transformers.models.qwen3.modeling_qwen3", "torch._dynamo", "pandas"],
     }
     theirs = [program(PEER, "python"), str(Path(__file__).with_name("peer_trainer.py"))]
-    found = {
-        "ours": _figures([sys.executable, "-m", "benchmarks.distillation.our_trainer"], spec, folder),
-        "TRL": _figures(theirs, spec, folder),
-        "TRL, gradient checkpointing": _figures(theirs, {**spec, "checkpointing": True}, folder),
+    sides = {
+        "ours": ([sys.executable, "-m", "benchmarks.distillation.our_trainer"], spec),
+        "TRL": (theirs, spec),
+        "TRL, gradient checkpointing": (theirs, {**spec, "checkpointing": True}),
     }
+    rounds = [{k: _figures(*side, folder) for k, side in sides.items()} for _ in range(ROUNDS)]
+    found = {k: max((one[k] for one in rounds), key=lambda run: run["tokens_per_s"]) for k in sides}
     made = [{"part": "trainers", "what": one.name, "dtype": dtype, "side": k, **v} for k, v in found.items()]
     ours, peers = found["ours"], [v for k, v in found.items() if k != "ours"]
     speed = ours["tokens_per_s"] / max(p["tokens_per_s"] for p in peers)

@@ -8,7 +8,9 @@ that was stopped goes on in its folder. Knows nothing of how a recipe trains.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,12 +25,13 @@ from benchmarks.results import write
 from contracts.errors import StillhouseError
 from distill_jobs.training.recipes import recipe_names
 
-ROWS, STEPS, HELD_OUT = 2400, 200, 400
+ROWS, STEPS, HELD_OUT = 2400, 120, 400
 BEST_ROWS, BEST_STEPS = 6000, 1500
 RATIONALE_SHARE = 0.8
 ANSWERING = 0.03  # seconds a held-out request, of a student
 LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
+PR_SET_PDEATHSIG = 1
 DEAR = 2.0  # the recipe that is trained longer is the best of those whose step costs at most so much
 
 
@@ -118,13 +121,18 @@ def _mean(points: Any) -> float:
     return sum(share_at(points, at / 20) for at in range(21)) / 21
 
 
+def _end_with_parent() -> None:
+    """In a worker: a run that is ended by a signal takes its training along."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _all(jobs: list[Job], folder: Path, processes: int) -> list[dict[str, Any]]:
     """Results of all jobs, from their files or run now, in the order of the jobs."""
     found: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(jobs), desc="recipes", unit="run", mininterval=1)
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
         futures = {pool.submit(run, job, folder): job for job in jobs}
         try:
             for future in as_completed(futures):

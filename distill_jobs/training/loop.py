@@ -116,8 +116,9 @@ class Trainer:
         """This worker's micro-batches, each counting once. Workers whose parameters are shards go forward
         equally often: who has fewer repeats a row that counts nothing."""
         world, config = self.workers.world, self.config
+        most = config.pass_tokens(next(self.model.parameters()).device.type)
         shares = [
-            split_for_worker(indices, rows.lengths, rank, world, config.micro_tokens, config.packing)
+            split_for_worker(indices, rows.lengths, rank, world, most, config.packing)
             for rank in (range(world) if config.parallel == "fsdp2" else [self.workers.rank])
         ]
         mine = shares[self.workers.rank] if len(shares) > 1 else shares[0]

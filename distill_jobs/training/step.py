@@ -172,9 +172,9 @@ class DistillStep:
         return np.arange(len(sources)), made
 
     def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
+        its_states, its_inside = self._look(batch)  # first: nothing of the student is held meanwhile
         states, inside = forward(self.model.get_decoder(), batch, self.recorder if self.compares else None)
         hidden = states[batch.rows, batch.columns]
-        its_states, its_inside = self._look(batch)
         total, parts = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(2, dtype=torch.float32)
         if self.predicts:
             total, parts = self._prediction(batch, hidden, its_states, counts)

@@ -50,7 +50,9 @@ def rows_loss(model: nn.Module, rows: RowSource, config: TrainConfig) -> dict[st
     total = torch.zeros(3, dtype=torch.float64, device=device)
     model.eval()
     with torch.no_grad():
-        for one in split_for_worker(indices, rows.lengths, 0, 1, config.micro_tokens, config.packing):
+        for one in split_for_worker(
+            indices, rows.lengths, 0, 1, config.pass_tokens(device.type), config.packing
+        ):
             batch = rows.micro_batch(one, config.with_prompt, config.packing).to(device)
             loss, parts = step.loss(batch, counts)
             total += torch.cat([loss[None], parts[:2]]).double()

@@ -99,6 +99,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows"))
 
 
+def test_a_pass_is_small_on_a_cpu_and_as_long_as_one_says() -> None:
+    """1024 tokens on a CPU, 8192 on a GPU, unless the configuration names a number."""
+    assert [TrainConfig().pass_tokens(one) for one in ("cpu", "cuda")] == [1024, 8192]
+    assert TrainConfig(micro_tokens=99).pass_tokens("cpu") == 99
+
+
 @pytest.mark.parametrize("micro_tokens", [16, 45, 100])
 def test_accumulation_does_not_change_training(folder: Path, micro_tokens: int) -> None:
     """Six steps in micro-batches of any size (and so any padding) end in the same weights and losses."""

@@ -83,10 +83,30 @@ def test_a_packed_batch_says_which_sample_a_position_belongs_to(rows: Rows) -> N
     """Labels, weights and teacher rows follow the samples in order, packed as padded."""
     indices = np.array([5, 2, 9])
     packed, padded = (rows.micro_batch(indices, True, one) for one in (True, False))
-    assert packed.input_ids.shape == (1, int(rows.lengths[indices].sum()))
+    assert packed.input_ids[0, : rows.lengths[indices].sum()].tolist() == [
+        token for index in indices for token in rows.tokens(index)
+    ]
     assert torch.equal(packed.samples, padded.rows)
     for name in ("labels", "in_prompt", "topk_ids", "topk_logprobs", "weights", "samples"):
         assert torch.equal(getattr(packed, name), getattr(padded, name)), name
+
+
+def test_packed_batches_share_few_shapes(rows: Rows) -> None:
+    """Whatever is packed is filled up to multiples of 64 tokens, its layout to 16 positions and 4 rows, by
+    rows of their own; kernels that are compiled for a shape are used again."""
+    for size in (1, 3, 7, 12):
+        batch = rows.micro_batch(np.arange(size), False, packed=True)
+        assert batch.packing is not None
+        assert batch.position_ids is not None
+        tokens, layout = int(rows.lengths[:size].sum()), batch.packing
+        assert batch.input_ids.shape == batch.position_ids.shape == (1, -(-tokens // 64) * 64)
+        assert (layout.rows % 4, layout.longest % 16) == (0, 0)
+        owners = layout.places // layout.longest
+        assert owners[:tokens].tolist() == np.repeat(np.arange(size), rows.lengths[:size]).tolist()
+        assert bool((owners[tokens:] >= size).all())
+        assert bool((layout.places.diff() > 0).all())
+        assert int(layout.places[-1]) < layout.rows * layout.longest
+        assert torch.equal(layout.places % layout.longest, batch.position_ids[0])
 
 
 def test_a_sliding_window_is_kept(rows: Rows) -> None:

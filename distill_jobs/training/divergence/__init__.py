@@ -1,8 +1,8 @@
 """Divergences between a teacher and a student, and the op that takes them from hidden states to gradients.
 
 `teachers` says what is known of the teacher, `formulas` holds the divergences, `rows` applies them to a block
-of logits, `chunked` is the autograd function. Knows nothing of models, batches or where a teacher's outputs
-come from.
+of logits, `fused` to a chunk in one launch (its `kernel`, on CUDA), `chunked` is the autograd function. Knows
+nothing of models, batches or where a teacher's outputs come from.
 """
 
 from distill_jobs.training.divergence.chunked import linear_divergence

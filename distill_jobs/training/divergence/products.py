@@ -50,6 +50,13 @@ class Products:
         with _bf16_inputs(self.as_bf16):
             return torch.mm(hidden.to(self.exact), self.weight.T, out=out)
 
+    def gradient(self) -> Tensor:
+        """Where a gradient in the logits may go, in the precision that `backward` multiplies in: the logits'
+        own place where that is theirs too."""
+        if self.low and not self.on_cpu:
+            return torch.empty_like(self.buffer, dtype=self.weight.dtype)
+        return self.buffer
+
     def backward(
         self,
         grad: Tensor,
