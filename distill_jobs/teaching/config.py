@@ -196,7 +196,7 @@ class TeachConfig(StrictConfig):
     draws: int = Field(
         default=50,
         ge=1,
-        description="Tokens drawn at each position (scheme: sampled); equal ones are kept once, so that 50 of a"
+        description="Tokens drawn at each position (scheme: sampled); equal ones are kept once, so 50 of a"
         " language model are about 12 tokens.",
     )
     proposal: float = Field(
