@@ -28,10 +28,11 @@ lint: setup  ## ruff, mypy --strict, import contracts
 	.venv/bin/lint-imports
 
 test: lint  ## everything: lint, unit, contract, integration, the demo at a small size
-	$(PYTEST) tests
+	$(PYTEST) tests -n 2 --dist loadfile -m "not integration and not e2e"
+	$(PYTEST) tests -m "integration or e2e"
 
 unit: setup  ## the fast tests only
-	$(PYTEST) tests/unit tests/contract -m "not integration and not e2e"
+	$(PYTEST) tests -n 2 --dist loadfile -m "not integration and not e2e"
 
 integration: setup  ## real servers, engines and Ray
 	$(PYTEST) tests -m integration

@@ -70,11 +70,15 @@ def hardware_slug(facts: dict[str, Any]) -> str:
     return f"{name}-{facts['cores']}c-{facts['memory_gib']}g"
 
 
+def head() -> str:
+    """The commit that is measured."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
 def write(name: str, command: str, bars: list[Bar], rows: list[dict[str, Any]]) -> Path:
     """Write `results/<name>.<hardware>.json` and return its path."""
     facts = hardware()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = Result(name=name, commit=commit, hardware=facts, command=command, bars=bars, rows=rows)
+    result = Result(name=name, commit=head(), hardware=facts, command=command, bars=bars, rows=rows)
     path = RESULTS / f"{name}.{hardware_slug(facts)}.json"
     write_atomic(path, json.dumps(result.model_dump(), indent=2, ensure_ascii=False) + "\n")
     return path

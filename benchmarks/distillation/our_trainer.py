@@ -48,6 +48,7 @@ def config(spec: dict[str, Any]) -> TrainConfig:
 
 def write_rows(spec: dict[str, Any], folder: Path) -> Path:
     """The specification's rows in the form of the teach stage."""
+    folder.mkdir()
     given = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     table = {
         "sample_digest": [str(i) for i in range(len(given))],
@@ -71,7 +72,7 @@ def main() -> None:
         model = load_model(spec["student"], None, 0)
         if not torch.cuda.is_available():
             model.set_attn_implementation(register())
-        rows = Rows(write_rows(spec, Path(folder)), one.max_length, with_teacher=False)
+        rows = Rows(write_rows(spec, Path(folder) / "rows"), one.max_length, with_teacher=False)
         for metrics in Trainer(model, rows, one).run():
             ends.append((time.perf_counter(), int(metrics["tokens"])))
             losses.append(metrics["kd"])

@@ -8,9 +8,7 @@ that was stopped goes on in its folder. Knows nothing of how a recipe trains.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +18,15 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.recipes import data, table
-from benchmarks.recipes.job import Job, configure, result_file, run, teacher_result, trainer_of
+from benchmarks.recipes.job import (
+    Job,
+    configure,
+    end_with_parent,
+    result_file,
+    run,
+    teacher_result,
+    trainer_of,
+)
 from benchmarks.results import write
 from contracts.errors import StillhouseError
 from distill_jobs.training.recipes import recipe_names
@@ -31,7 +37,6 @@ RATIONALE_SHARE = 0.8
 ANSWERING = 0.03  # seconds a held-out request, of a student
 LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
-PR_SET_PDEATHSIG = 1
 DEAR = 2.0  # the recipe that is trained longer is the best of those whose step costs at most so much
 
 
@@ -121,18 +126,13 @@ def _mean(points: Any) -> float:
     return sum(share_at(points, at / 20) for at in range(21)) / 21
 
 
-def _end_with_parent() -> None:
-    """In a worker: a run that is ended by a signal takes its training along."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _all(jobs: list[Job], folder: Path, processes: int) -> list[dict[str, Any]]:
     """Results of all jobs, from their files or run now, in the order of the jobs."""
     found: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(jobs), desc="recipes", unit="run", mininterval=1)
-    with ProcessPoolExecutor(processes, context, _end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
         futures = {pool.submit(run, job, folder): job for job in jobs}
         try:
             for future in as_completed(futures):

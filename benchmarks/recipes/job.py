@@ -8,7 +8,9 @@ student). Knows nothing of other jobs.
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ from distill_jobs.training.prefixes.generate import Sampling, generate
 from distill_jobs.training.recipes import with_recipe
 from distill_jobs.training.step import DistillStep
 
+PR_SET_PDEATHSIG = 1
 BASE = Path("configs/distill-support.yaml")
 
 
@@ -62,6 +65,11 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.recipe}-{self.steps}x{self.rows}-{self.seed}"
+
+
+def end_with_parent() -> None:
+    """In a worker: a benchmark that is ended by a signal takes its training along."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def configure(job: Job) -> TrainConfig:

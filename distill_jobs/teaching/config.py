@@ -195,7 +195,12 @@ class TeachConfig(StrictConfig):
     k: int = Field(
         default=20, ge=1, description="Teacher log-probabilities kept at each completion position."
     )
-    draws: int = Field(default=12, ge=1, description="Tokens drawn at each position (scheme: sampled).")
+    draws: int = Field(
+        default=50,
+        ge=1,
+        description="Tokens drawn at each position (scheme: sampled); equal ones are kept once, so 50 of a"
+        " language model are about 12 tokens.",
+    )
     proposal: float = Field(
         default=1.0,
         gt=0,

@@ -1,5 +1,5 @@
 """collect killed at any line: what is run again finishes with the same bytes; Ray Data's executor writes
-them too.
+them too, with a node lost on the way.
 """
 
 from __future__ import annotations
@@ -8,10 +8,16 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from distill_jobs.collect import run
 from distill_jobs.collecting import parts
@@ -102,13 +108,45 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.integration
-def test_ray_data_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor changes where the work is done, never its result."""
+def test_ray_data_writes_the_same_bytes_after_the_loss_of_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The executor changes where the work is done, never its result; nor does one of two nodes that is killed
+    half way and stays away.
+    """
     monkeypatch.setattr(parts, "PARTITION_BYTES", PARTITION_BYTES)
-    made = []
     for name in ("local", "ray"):
         (tmp_path / name).mkdir()
         log(tmp_path / name / "logs")
-        made.append(told(collected(tmp_path / name, name)))
-    assert made[0] == made[1]
-    assert made[0][0]["train"][1] > 100
+    wanted = told(collected(tmp_path / "local"))
+    files = len(list((tmp_path / "local" / "collect").rglob("*")))
+    with two_nodes() as lose:
+        watch = threading.Thread(target=lose, args=(tmp_path / "ray" / "collect", files // 3))
+        watch.start()
+        found = told(collected(tmp_path / "ray", "ray"))
+        watch.join(timeout=60)
+        assert [node["Alive"] for node in ray.nodes()].count(True) == 1
+    assert found == wanted
+    assert found[0]["train"][1] > 100
+
+
+@contextmanager
+def two_nodes() -> Iterator[Callable[[Path, int], None]]:
+    """A cluster of two nodes that this process is connected to, and what kills the second one when a folder
+    holds so many files."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def lose(folder: Path, files: int) -> None:
+        end = time.monotonic() + 120
+        while len(list(folder.rglob("*"))) < files and time.monotonic() < end:
+            time.sleep(0.01)
+        cluster.remove_node(second, allow_graceful=False)
+
+    try:
+        yield lose
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+_ROWS = 64
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -40,15 +42,23 @@ class Products:
         self.as_bf16 = self.on_cpu and weight.dtype == torch.bfloat16
         self.weight = weight.float() if self.on_cpu else weight
         self.exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.buffer = torch.empty(rows, len(weight), dtype=self.exact, device=weight.device)
+        self.buffer = torch.empty(self._full(rows), len(weight), dtype=self.exact, device=weight.device)
+
+    def _full(self, rows: int) -> int:
+        """Rows that are multiplied for so many: kernels that a CPU compiles for a shape are used again."""
+        return -(-rows // _ROWS) * _ROWS if self.as_bf16 else rows
+
+    def _filled(self, hidden: Tensor) -> Tensor:
+        """In the results' precision, zeros behind."""
+        return pad(hidden.to(self.exact), (0, 0, 0, self._full(len(hidden)) - len(hidden)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, V) = hidden @ weight.T, in the shared buffer."""
-        out = self.buffer[: len(hidden)]
+        rows = len(hidden)
         if self.low and not self.on_cpu:
-            return torch.mm(hidden, self.weight.T, out_dtype=torch.float32, out=out)
+            return torch.mm(hidden, self.weight.T, out_dtype=torch.float32, out=self.buffer[:rows])
         with _bf16_inputs(self.as_bf16):
-            return torch.mm(hidden.to(self.exact), self.weight.T, out=out)
+            return torch.mm(self._filled(hidden), self.weight.T, out=self.buffer[: self._full(rows)])[:rows]
 
     def gradient(self) -> Tensor:
         """Where a gradient in the logits may go, in the precision that `backward` multiplies in: the logits'
@@ -65,7 +75,8 @@ class Products:
         part: slice,
         grad_weight: Tensor | None,
     ) -> None:
-        """grad_hidden[part] = grad @ weight and grad_weight += grad.T @ hidden, where they are wanted."""
+        """grad_hidden[part] = grad @ weight and grad_weight += grad.T @ hidden, where they are wanted; `grad`
+        is the first rows of what `gradient` returned."""
         if self.low and not self.on_cpu:
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
@@ -73,8 +84,11 @@ class Products:
             if grad_weight is not None:
                 torch.addmm(grad_weight, grad.T, hidden, out_dtype=torch.float32, out=grad_weight)
             return
+        rows = len(grad)
+        grad = self.buffer[: self._full(rows)]
+        grad[rows:] = 0
         with _bf16_inputs(self.as_bf16):
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ self.weight
+                grad_hidden[part] = (grad @ self.weight)[:rows]
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden.to(self.exact))
+                grad_weight.addmm_(grad.T, self._filled(hidden))
