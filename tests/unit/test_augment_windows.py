@@ -191,5 +191,4 @@ def test_few_samples_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     result = augment.run(config, Echo(), collected, [], tmp_path, progress)  # type: ignore[arg-type]
     assert (result.counts["train"], result.counts["paraphrase"]) == (2000, 1000)
     assert result.counts["rationale_unreadable"] == 1000
-    print(Alive.most)
     assert 256 <= Alive.most < 700
