@@ -21,7 +21,7 @@ from torch import Tensor
 from contracts.errors import DataError
 from distill_jobs.training.columns import open_columns
 
-TOKENS, POSITIONS, ROWS = 64, 16, 4
+TOKENS, POSITIONS = 64, 16
 """Packed sequences, and the rows of their layout, are filled up to multiples of these: oneDNN compiles, and
 keeps, a kernel for every shape it meets. In bf16 on a CPU that cost 15 % of the time and a third of the
 memory of passes of 1024 tokens."""
@@ -31,10 +31,10 @@ memory of passes of 1024 tokens."""
 class Packing:
     """Where the tokens of a packed sequence are when its rows are padded: what keeps attention in its row.
 
-    What fills it up are rows of their own, behind those of the data.
+    What fills the sequence up comes behind the rows' ends, where a causal row does not see it.
     """
 
-    places: Tensor  # (S,): row * longest + position, increasing
+    places: Tensor  # (S,): row * longest + position
     rows: int
     longest: int
 
@@ -234,19 +234,20 @@ def _padded(flat: np.ndarray, sample: np.ndarray, place: np.ndarray, rows: int) 
 
 def _packed(flat: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """The sequence of the rows, filled up to a shape that others share, and its layout."""
-    longest = _up(int(lengths.max()), POSITIONS)
-    more = _up(len(flat), TOKENS) - len(flat)
-    filling = np.full(-(-more // longest), longest)
-    if more:
-        filling[-1] = more - longest * (len(filling) - 1)
-    every = np.concatenate([lengths, filling])
-    place = ragged_arange(every)
-    places = np.repeat(np.arange(len(every)), every) * longest + place
-    ids = np.concatenate([flat, np.zeros(more, np.int64)])
+    rows, longest = len(lengths), _up(int(lengths.max()), POSITIONS)
+    more = min(_up(len(flat), TOKENS), rows * longest) - len(flat)
+    room = longest - lengths
+    filling = np.clip(more - (np.cumsum(room) - room), 0, room)
+    sample, place = np.repeat(np.arange(rows), lengths), ragged_arange(lengths)
+    behind = np.repeat(np.arange(rows) * longest + lengths, filling) + ragged_arange(filling)
+    nothing = np.zeros(more, np.int64)
+    few = 1 << max(0, rows.bit_length() - 3)  # at most a quarter of the layout is rows of nothing
     return {
-        "input_ids": torch.from_numpy(ids[None]),
-        "position_ids": torch.from_numpy(place[None]),
-        "packing": Packing(torch.from_numpy(places), _up(len(every), ROWS), longest),
+        "input_ids": torch.from_numpy(np.concatenate([flat, nothing])[None]),
+        "position_ids": torch.from_numpy(np.concatenate([place, nothing])[None]),
+        "packing": Packing(
+            torch.from_numpy(np.concatenate([sample * longest + place, behind])), _up(rows, few), longest
+        ),
     }
 
 
