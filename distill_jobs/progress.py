@@ -47,7 +47,7 @@ class Progress:
         self._file = file
         self._listener = listener
         self._stage = ""
-        self._started = self._written = self._since = 0.0
+        self._started, self._written, self._since = time.time(), 0.0, 0.0
         self._first: int | None = None
         self._unit = ""
 

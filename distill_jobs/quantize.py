@@ -14,13 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from contracts.errors import DataError, QuantizationError
 from distill_jobs.config import QuantizeConfig
 from distill_jobs.engine import write_lines
 from distill_jobs.keys import output_file
 from distill_jobs.progress import Progress
+from distill_jobs.samples import each
 from distill_jobs.stage import Result
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.worker_process import run_worker
@@ -99,7 +98,7 @@ def calibration_rows(
     tokenizer = ChatTokenizer(str(student))
     rows: list[dict[str, Any]] = []
     for split in ("calibration", "train"):
-        for sample in pq.read_table(collected[split]).to_pylist():
+        for sample in each(collected[split]):
             if len(rows) == config.samples:
                 return rows
             answer = [] if sample["answer"] is None else tokenizer.answer(sample["answer"])
