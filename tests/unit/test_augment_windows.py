@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from distill_jobs import augment, samples
 from distill_jobs.augmenting import variants
 from distill_jobs.augmenting.config import AugmentConfig
 from distill_jobs.config import EngineConfig
-from distill_jobs.lines import open_to_append, stream_lines
 from distill_jobs.progress import Progress
 from distill_jobs.sorting import DictForm
 from distill_jobs.stage import Result
 from distill_jobs.teaching.ask import EngineVoice, Question, Sampling
+from tests.unit.offline_engine import Killed, OfflineEngine
 from tests.unit.test_augment import sample
 
 THINGS = ("parcel", "invoice", "account", "password", "coupon")
@@ -56,30 +55,9 @@ class Words:
         return [ord(c) for c in messages[-1]["content"]]
 
 
-class Killed(BaseException):
-    """SIGKILL, as far as Python can play it."""
-
-
-class Engine:
-    """An offline engine that answers from `reply`, appending as the real one does."""
-
-    def __init__(self, dies_after: int | None = None) -> None:
-        self.asked: list[str] = []
-        self.sessions = 0
-        self._dies_after = dies_after
-
-    def __call__(self, job: dict[str, Any], engine: EngineConfig) -> dict[str, Any]:
-        """One session."""
-        self.sessions += 1
-        with open_to_append(Path(job["out"]) / "answers.jsonl") as sink:
-            for prompt in stream_lines(Path(job["answer"]["prompts"])):
-                if len(self.asked) == self._dies_after:
-                    raise Killed
-                self.asked.append(prompt["id"])
-                text = reply("".join(map(chr, prompt["ids"])))
-                row = {"id": prompt["id"], "text": text, "finish_reason": "stop"}
-                sink.write(json.dumps(row) + "\n")
-        return {}
+def answered(dies_after: int | None = None) -> OfflineEngine:
+    """An engine that says something else to every prompt."""
+    return OfflineEngine(lambda prompt: reply("".join(map(chr, prompt["ids"]))), dies_after)
 
 
 def write_sides(folder: Path, train: Iterable[dict[str, Any]]) -> dict[str, Path]:
@@ -91,7 +69,7 @@ def write_sides(folder: Path, train: Iterable[dict[str, Any]]) -> dict[str, Path
     return paths
 
 
-def run(folder: Path, engine: Engine, window: int, **more: Any) -> Result:
+def run(folder: Path, engine: OfflineEngine, window: int, **more: Any) -> Result:
     """The stage over TRAIN."""
     (folder / "augment").mkdir(parents=True, exist_ok=True)
     held = folder / "held.txt"
@@ -109,7 +87,7 @@ def test_a_window_changes_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
     """
     found = {}
     for window in (1, 7, 1000):
-        engine = Engine()
+        engine = answered()
         result = run(tmp_path / str(window), engine, window, **more)
         data = Path(result.outputs["train"].path).read_bytes()
         found[window] = (data, result.counts, engine.asked, engine.sessions)
@@ -130,17 +108,17 @@ def test_killed_while_it_asks_it_goes_on(tmp_path: Path) -> None:
     """Between variants, between rationales, and while it writes: every question is asked once, an engine
     that has nothing to do is not started, and the end is that of an undisturbed run.
     """
-    whole = run(tmp_path / "whole", Engine(), 7)
+    whole = run(tmp_path / "whole", answered(), 7)
     at, asked = tmp_path / "killed", []
     for answers in (5, 18):  # 19 variants and 9 rationales in all
-        engine = Engine(dies_after=answers)
+        engine = answered(dies_after=answers)
         with pytest.raises(Killed):
             run(at, engine, 4)
         asked += engine.asked
-    last = Engine()
+    last = answered()
     result = run(at, last, 3)
     assert (last.sessions, len({*asked, *last.asked}), len(asked + last.asked)) == (1, 28, 28)
-    again = Engine()
+    again = answered()
     (at / "augment" / "train.parquet").unlink()
     assert run(at, again, 3).counts == result.counts == whole.counts
     assert again.sessions == 0

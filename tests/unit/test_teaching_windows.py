@@ -16,7 +16,6 @@ import pytest
 
 from distill_jobs import teach
 from distill_jobs.config import EngineConfig
-from distill_jobs.lines import open_to_append, stream_lines
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
 from distill_jobs.teaching import local
@@ -24,6 +23,7 @@ from distill_jobs.teaching.config import TeachConfig
 from distill_jobs.teaching.rowfile import sort_rows
 from distill_jobs.teaching.rows import CARRIED, Row
 from tests.integration.pipeline_world import write_model
+from tests.unit.offline_engine import Killed, OfflineEngine
 from tests.unit.teaching_world import run, sample
 
 WORDS = ("refund", "parcel", "invoice", "cancel the plan", "reset my password")
@@ -40,30 +40,9 @@ SAMPLES = [_made(n) for n in range(24)]
 SAMPLES += [dict(SAMPLES[2]), sample("nobody wants this one", "x")]  # a copy, as balance makes them
 
 
-class Killed(BaseException):
-    """SIGKILL, as far as Python can play it."""
-
-
-class Engine:
-    """An offline engine that answers by the prompt's id, appending as the real one does."""
-
-    def __init__(self, dies_after: int | None = None) -> None:
-        self.sessions = 0
-        self.asked: list[str] = []
-        self._dies_after = dies_after
-
-    def __call__(self, job: dict[str, Any], engine: EngineConfig) -> dict[str, Any]:
-        """One session."""
-        self.sessions += 1
-        with open_to_append(Path(job["out"]) / "answers.jsonl") as sink:
-            for prompt in stream_lines(Path(job["answer"]["prompts"])):
-                if len(self.asked) == self._dies_after:
-                    sink.write('{"id": "d-refund')
-                    raise Killed
-                self.asked.append(prompt["id"])
-                row = {"id": prompt["id"], "text": f"said {prompt['id'][-3:]}", "finish_reason": "stop"}
-                sink.write(json.dumps(row) + "\n")
-        return {}
+def answered(dies_after: int | None = None) -> OfflineEngine:
+    """An engine that says something else to every prompt."""
+    return OfflineEngine(lambda prompt: f"said {prompt['id'][-3:]}", dies_after)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -113,7 +92,7 @@ def test_a_window_changes_nothing(
     """
     found = {}
     for window in (1, 4, 1000):
-        engine = Engine()
+        engine = answered()
         at = tmp_path / str(window)
         result = run(at, models[0], SAMPLES, config_of(models[1], window), engine, at / "cache")
         found[window] = (outputs(result), result.counts, engine.asked, engine.sessions)
@@ -136,12 +115,12 @@ def test_killed_in_every_phase_it_asks_once_and_keeps_what_is_done(
     anew with another window: no question is asked twice, no engine started for nothing, no part scored
     twice, and the end is that of an undisturbed run.
     """
-    whole = run(tmp_path / "whole", models[0], SAMPLES, two_teachers(models[1], 4), Engine())
+    whole = run(tmp_path / "whole", models[0], SAMPLES, two_teachers(models[1], 4), answered())
     at = tmp_path / "killed"
-    dying = Engine(dies_after=2)
+    dying = answered(dies_after=2)
     with pytest.raises(Killed):
         run(at, models[0], SAMPLES, two_teachers(models[1], 4), dying)
-    engine = Engine()
+    engine = answered()
     plain = teach.tokenise
     calls = Counter[str]()
 
@@ -179,7 +158,7 @@ def test_killed_in_every_phase_it_asks_once_and_keeps_what_is_done(
 
 def test_an_answer_is_kept_for_other_jobs_window_by_window(tmp_path: Path, models: tuple[Path, Path]) -> None:
     """Texts of every window are shared; another job asks nothing and starts no engine."""
-    first, second = Engine(), Engine()
+    first, second = answered(), answered()
     config = two_teachers(models[1], 3)
     one = run(tmp_path / "a", models[0], SAMPLES, config, first, tmp_path / "cache")
     two = run(tmp_path / "b", models[0], SAMPLES, config, second, tmp_path / "cache")
@@ -203,13 +182,13 @@ def test_memory_is_that_of_a_window(tmp_path: Path, models: tuple[Path, Path]) -
     pq.write_table(pa.Table.from_pylist([padded(0)]), collected["validation"])
     config = {"scheme": "text", "answer_tokens": 16, "answers": {"which": "all"}, "shard_rows": 10}
     engine, settings = EngineConfig(max_model_len=512), TeachConfig(**config, window=10)
-    run(tmp_path / "imports", models[0], [sample("x", "y")], settings, Engine())
+    run(tmp_path / "imports", models[0], [sample("x", "y")], settings, answered())
     (tmp_path / "teach").mkdir()
     tracemalloc.start()
     try:
         result = teach.run(
             settings, engine, models[0], "d", collected, tmp_path / "teach",
-            Progress(tmp_path / "progress.json"), str, Engine(),
+            Progress(tmp_path / "progress.json"), str, answered(),
         )  # fmt: skip
         peak = tracemalloc.get_traced_memory()[1]
     finally:
