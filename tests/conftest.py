@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,15 @@ def _cost(item: pytest.Item) -> tuple[int, str]:
     if "stack" in getattr(item, "fixturenames", ()):
         return 1, item.path.name  # the last file by name takes the stack down
     return 0, ""
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    random.seed(0)
+    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
+        if module := sys.modules.get(name):
+            getattr(module, seed)(0)
 
 
 @pytest.fixture(scope="session")
