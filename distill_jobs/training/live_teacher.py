@@ -8,6 +8,7 @@ student's loss.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +33,12 @@ class Answers:
     capacity: int
     kept: OrderedDict[int, Tensor] = field(default_factory=OrderedDict)
 
-    def all_of(self, uids: list[int]) -> list[Tensor] | None:
-        """One (answer, d) tensor a row, or None when any is not known."""
-        if not self.capacity or any(uid not in self.kept for uid in uids):
-            return None
+    def of(self, uids: list[int]) -> list[Tensor | None]:
+        """One (answer, d) tensor a row, or None where it is not known."""
         for uid in uids:
-            self.kept.move_to_end(uid)
-        return [self.kept[uid] for uid in uids]
+            if uid in self.kept:
+                self.kept.move_to_end(uid)
+        return [self.kept.get(uid) for uid in uids]
 
     def keep(self, uids: list[int], states: list[Tensor]) -> None:
         """Remember rows; those that were visited longest ago leave."""
@@ -71,19 +71,37 @@ class LiveTeacher:
         self.answers = Answers(cache_rows)
         self.recorder: Recorder | None = None
 
-    def last_hidden(self, batch: MicroBatch, uids: list[int], inside: bool) -> tuple[Tensor, Seen]:
+    def last_hidden(
+        self,
+        batch: MicroBatch,
+        uids: list[int],
+        inside: bool,
+        some: Callable[[list[int]], MicroBatch] | None = None,
+    ) -> tuple[Tensor, Seen]:
         """(N, d) of the answers' positions, and the inside if wanted; `uids` name the batch's rows of data,
-        in their order."""
+        in their order. `some` makes a batch of a part of them: those whose answers are not known yet are all
+        that the teacher reads, unless its inside is wanted."""
+        known = [None] * len(uids) if inside else self.answers.of(uids)
+        unknown = [place for place, one in enumerate(known) if one is None]
+        if unknown and some is None:
+            unknown = list(range(len(uids)))
+        seen = Seen()
+        if unknown:
+            part = some(unknown) if some and len(unknown) < len(uids) else batch
+            found, seen = self._read(part, len(unknown), inside)
+            self.answers.keep([uids[place] for place in unknown], found)
+            for place, one in zip(unknown, found, strict=True):
+                known[place] = one
+        return torch.cat([one for one in known if one is not None]), seen
+
+    def _read(self, batch: MicroBatch, rows: int, inside: bool) -> tuple[list[Tensor], Seen]:
+        """The last hidden states of each row's answer."""
         counted = ~batch.in_prompt
-        known = None if inside else self.answers.all_of(uids)
-        if known is not None:
-            return torch.cat(known), Seen()
         with torch.no_grad():
             states, seen = forward(self.model.get_decoder(), batch, self.recorder if inside else None)
         last = states[batch.rows[counted], batch.columns[counted]]
-        sizes = torch.bincount(batch.samples[counted], minlength=len(uids)).tolist()
-        self.answers.keep(uids, list(torch.split(last, sizes)))
-        return last, seen
+        sizes = torch.bincount(batch.samples[counted], minlength=rows).tolist()
+        return list(torch.split(last, sizes)), seen
 
 
 def forward(decoder: Any, batch: MicroBatch, recorder: Recorder | None) -> tuple[Tensor, Seen]:
@@ -130,15 +148,20 @@ class LiveTeachers:
         return routes
 
     def look(
-        self, batch: MicroBatch, uids: list[int], routes: set[int], inside: bool
+        self,
+        batch: MicroBatch,
+        uids: list[int],
+        routes: set[int],
+        inside: bool,
+        some: Callable[[list[int]], MicroBatch],
     ) -> tuple[list[Tensor | None], Seen]:
         """(N, d) last hidden states at the answers' positions for every teacher that is asked, and the first
-        one's inside."""
+        one's inside; `some` makes a batch of a part of the rows."""
         wanted = set(range(len(self.models))) if self.config.combine == "average" else routes
         states: list[Tensor | None] = [None] * len(self.models)
         first = Seen()
         for place in sorted(wanted):
-            states[place], seen = self.models[place].last_hidden(batch, uids, inside and place == 0)
+            states[place], seen = self.models[place].last_hidden(batch, uids, inside and place == 0, some)
             first = seen if place == 0 else first
         return states, first
 

@@ -190,9 +190,15 @@ class DistillStep:
             return [], Seen()
         if not self.compares and not (self.predicts and self.config.loss.kd_weight):
             return [], Seen()
-        rows = batch.indices.cpu().numpy()
+        rows, source = batch.indices.cpu().numpy(), self.source
+        assert source is not None
+
+        def some(places: list[int]) -> MicroBatch:
+            device, packed = batch.input_ids.device, batch.packing is not None
+            return source.micro_batch(rows[places], False, packed).to(device)
+
         routes = set(self.about.routes[rows].tolist())
-        return self.teachers.look(batch, self.about.uids[rows].tolist(), routes, self.compares)
+        return self.teachers.look(batch, self.about.uids[rows].tolist(), routes, self.compares, some)
 
     def _prediction(
         self, batch: MicroBatch, hidden: Tensor, states: list[Tensor | None], counts: Counts

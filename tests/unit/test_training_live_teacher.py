@@ -134,6 +134,33 @@ def test_rows_seen_before_are_not_asked_again(world: dict[str, Path]) -> None:
         torch.testing.assert_close(p.grad, known, rtol=1e-3, atol=1e-6)
 
 
+def test_of_a_batch_only_the_unknown_rows_are_read(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed answers beside fresh ones: the teacher reads the fresh ones' tokens alone, and the loss and
+    gradient are those of a teacher that reads all."""
+    trainer = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
+    fresh = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
+    trainer.accumulate(0, np.arange(0, ROWS, 3))
+    trainer.optimizer.step(0.0)  # nothing moves, and the gradients are gone
+    read: list[int] = []
+    decoder = trainer.step.teachers.first.model.get_decoder()  # type: ignore[attr-defined]
+    forward = type(decoder).forward
+
+    def counting(self: Any, input_ids: Tensor, **others: Any) -> Any:
+        if self is decoder:
+            read.append(int((input_ids != 0).sum()))
+        return forward(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(type(decoder), "forward", counting)
+    sums = trainer.accumulate(1, np.arange(ROWS))
+    unknown = [i for i in range(ROWS) if i % 3]
+    assert sum(read) == sum(int((trainer.rows.tokens(i) != 0).sum()) for i in unknown)  # type: ignore[attr-defined]
+    torch.testing.assert_close(sums, fresh.accumulate(1, np.arange(ROWS)), rtol=1e-6, atol=1e-8)
+    for (name, mine), (_, other) in zip(trainer.optimizer.named, fresh.optimizer.named, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
 TERMS: dict[str, Any] = {
     "hidden": {"hidden": {"weight": 0.5}},
     "cosine": {"hidden": {"distance": "cosine"}, "positions": "all"},
