@@ -198,7 +198,9 @@ class Rows:
         in_prompt = place[at] < prompts[sample[at]] - 1
         rows, columns = (np.zeros_like(at), at) if packed else (sample[at], place[at])
         shape = (
-            _packed(flat, lengths) if packed else {"input_ids": _padded(flat, sample, place, len(indices))}
+            _packed(flat, sample, place, lengths)
+            if packed
+            else {"input_ids": _padded(flat, sample, place, len(indices))}
         )
         return MicroBatch(
             **shape,
@@ -232,13 +234,12 @@ def _padded(flat: np.ndarray, sample: np.ndarray, place: np.ndarray, rows: int) 
     return torch.from_numpy(ids)
 
 
-def _packed(flat: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+def _packed(flat: np.ndarray, sample: np.ndarray, place: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """The sequence of the rows, filled up to a shape that others share, and its layout."""
     rows, longest = len(lengths), _up(int(lengths.max()), POSITIONS)
     more = min(_up(len(flat), TOKENS), rows * longest) - len(flat)
     room = longest - lengths
     filling = np.clip(more - (np.cumsum(room) - room), 0, room)
-    sample, place = np.repeat(np.arange(rows), lengths), ragged_arange(lengths)
     behind = np.repeat(np.arange(rows) * longest + lengths, filling) + ragged_arange(filling)
     nothing = np.zeros(more, np.int64)
     few = 1 << max(0, rows.bit_length() - 3)  # at most a quarter of the layout is rows of nothing
