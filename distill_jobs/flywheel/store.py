@@ -14,6 +14,7 @@ from typing import Any
 
 from contracts.config import Record
 from contracts.errors import ConflictError, NotFoundError, StateError
+from contracts.sqlite import use_wal
 from distill_jobs.flywheel.admit import ACTIVE, Spent, State
 from distill_jobs.flywheel.drift import Look
 
@@ -151,7 +152,7 @@ class Store:
         try:
             self._db = sqlite3.connect(self.file, timeout=_BUSY_S, isolation_level=None)
             self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode = WAL")
+            use_wal(self._db, _BUSY_S)
             self._db.execute("PRAGMA synchronous = FULL")
             with self.transaction() as db:
                 version = db.execute("PRAGMA user_version").fetchone()[0]

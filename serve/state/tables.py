@@ -30,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from contracts.errors import StateError
+from contracts.sqlite import use_wal
 
 SCHEMA_VERSION = 3
 _SCHEMA_LOCK = 0x57111_405E
@@ -220,6 +221,9 @@ feedback = Table(
     Column("body", Text, nullable=False),
 )
 
+_BUSY_S = 10
+"""Seconds to wait for another process' lock on an SQLite file."""
+
 _CONNECT_S = 5
 """Seconds until a database host that does not answer counts as away (psycopg's own: over two minutes)."""
 
@@ -274,7 +278,8 @@ def _sqlite_pragmas(connection: object, _record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
     # WAL lets routers read while the controller writes; NORMAL survives a killed process (not a power cut).
     # Pages are the kernel's to cache: each of a router's connections would slowly fill 2 MiB of its own.
-    pragmas = ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON")
-    for pragma in (*pragmas, "cache_size=-512"):
+    cursor.execute(f"PRAGMA busy_timeout={_BUSY_S * 1000}")
+    use_wal(cursor, _BUSY_S)
+    for pragma in ("synchronous=NORMAL", "foreign_keys=ON", "cache_size=-512"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
