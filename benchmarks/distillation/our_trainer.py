@@ -34,13 +34,15 @@ def config(spec: dict[str, Any]) -> TrainConfig:
         {
             "batch_rows": spec["batch"],
             "max_steps": spec["steps"],
-            "micro_tokens": None
-            if torch.cuda.is_available()
-            else 256,  # costs a CPU no time, and saves memory
+            "micro_tokens": None if torch.cuda.is_available() else spec["pass_tokens"],
             "dtype": spec["dtype"],
             "optimizer": {"lr": spec["lr"]},
             "loss": {"divergence": "jsd", "beta": spec["beta"], "hard_weight": 0.0},
-            "teacher": {"models": [{"model": spec["teacher"], "dtype": spec["dtype"]}], "cache_rows": 0},
+            "teacher": {
+                "models": [{"model": spec["teacher"], "dtype": spec["dtype"]}],
+                "cache_rows": 0,
+                "read_tokens": None if torch.cuda.is_available() else 768,
+            },
             "prefix": prefix if spec["own_answers"] else {},
         }
     )

@@ -72,23 +72,21 @@ class LiveTeacher:
         self.recorder: Recorder | None = None
 
     def last_hidden(
-        self,
-        batch: MicroBatch,
-        uids: list[int],
-        inside: bool,
-        some: Callable[[list[int]], MicroBatch] | None = None,
+        self, batch_of: Callable[[list[int]], MicroBatch], uids: list[int], inside: bool
     ) -> tuple[Tensor, Seen]:
-        """(N, d) of the answers' positions, and the inside if wanted; `uids` name the batch's rows of data,
-        in their order. `some` makes a batch of a part of them: those whose answers are not known yet are all
-        that the teacher reads, unless its inside is wanted."""
+        """(N, d) of the answers' positions, and the inside if wanted.
+
+        Args:
+            batch_of: makes a batch of the rows at these places in `uids`. Those whose answers are not known
+                yet are all that the teacher reads, unless its inside is wanted.
+            uids: name the rows.
+            inside: what the recorder sees is wanted, too.
+        """
         known = [None] * len(uids) if inside else self.answers.of(uids)
         unknown = [place for place, one in enumerate(known) if one is None]
-        if unknown and some is None:
-            unknown = list(range(len(uids)))
         seen = Seen()
         if unknown:
-            part = some(unknown) if some and len(unknown) < len(uids) else batch
-            found, seen = self._read(part, len(unknown), inside)
+            found, seen = self._read(batch_of(unknown), len(unknown), inside)
             self.answers.keep([uids[place] for place in unknown], found)
             for place, one in zip(unknown, found, strict=True):
                 known[place] = one
@@ -148,20 +146,15 @@ class LiveTeachers:
         return routes
 
     def look(
-        self,
-        batch: MicroBatch,
-        uids: list[int],
-        routes: set[int],
-        inside: bool,
-        some: Callable[[list[int]], MicroBatch],
+        self, batch_of: Callable[[list[int]], MicroBatch], uids: list[int], routes: set[int], inside: bool
     ) -> tuple[list[Tensor | None], Seen]:
         """(N, d) last hidden states at the answers' positions for every teacher that is asked, and the first
-        one's inside; `some` makes a batch of a part of the rows."""
+        one's inside; `batch_of` makes a batch of a part of the rows."""
         wanted = set(range(len(self.models))) if self.config.combine == "average" else routes
         states: list[Tensor | None] = [None] * len(self.models)
         first = Seen()
         for place in sorted(wanted):
-            states[place], seen = self.models[place].last_hidden(batch, uids, inside and place == 0, some)
+            states[place], seen = self.models[place].last_hidden(batch_of, uids, inside and place == 0)
             first = seen if place == 0 else first
         return states, first
 

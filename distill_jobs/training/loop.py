@@ -104,7 +104,9 @@ class Trainer:
         counts = count(rows, indices)
         device = next(self.model.parameters()).device
         sums = torch.zeros(len(self.step.parts), device=device)
-        for one, share in self._micro_batches(rows, indices):
+        passes = self._micro_batches(rows, indices)
+        self.step.plan([one for one, _ in passes])
+        for one, share in passes:
             batch = rows.micro_batch(one, self.config.with_prompt, self.config.packing).to(device)
             loss, parts = self._loss(batch, counts)
             (loss * share).backward()  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from distill_jobs.training.ahead import About, ReadAhead, parts_of
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.cross_tokenizer import CrossTokenizer
 from distill_jobs.training.data import MicroBatch, Rows, RowSource
@@ -61,6 +62,9 @@ class Step(Protocol):
         """The rows that step `step` of `steps` trains on: those given, or others made from them (rollouts of
         the student). All workers must return the same. Schedules over the run may look at the step here."""
 
+    def plan(self, passes: Sequence[np.ndarray]) -> None:
+        """The rows of the micro-batches that `loss` is called for next, in their order."""
+
     def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the step's loss, and its share of `parts` as one tensor."""
 
@@ -77,15 +81,6 @@ class Step(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What a step knows of its rows, by their index in the source of the micro-batches."""
-
-    uids: np.ndarray
-    by_student: np.ndarray  # bool
-    routes: np.ndarray  # which teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +102,7 @@ class DistillStep:
         self.weights = loss_weights(config.loss)
         self.by_student = _on_own_answers(config, self.weights)
         self.teachers: LiveTeachers | None = None
+        self.ahead: ReadAhead | None = None
         self.terms: Terms | None = None
         self.prefixes: Prefixes | None = None
         self.recorder: Recorder | None = None
@@ -117,6 +113,7 @@ class DistillStep:
         if config.teacher is not None:
             attention = model.config._attn_implementation
             self.teachers = LiveTeachers(config.teacher, device, attention)
+            self.ahead = ReadAhead(self.teachers, config.teacher.at_once(device.type))
         self.cross = _cross_tokenizer(model, config, self.teachers)
         if config.terms.intermediate:
             assert self.teachers is not None  # TrainConfig refuses terms without a teacher
@@ -171,6 +168,10 @@ class DistillStep:
         self.source = made
         return np.arange(len(sources)), made
 
+    def plan(self, passes: Sequence[np.ndarray]) -> None:
+        if self.ahead is not None:
+            self.ahead.plan(passes)
+
     def loss(self, batch: MicroBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         its_states, its_inside = self._look(batch)  # first: nothing of the student is held meanwhile
         states, inside = forward(self.model.get_decoder(), batch, self.recorder if self.compares else None)
@@ -190,15 +191,13 @@ class DistillStep:
             return [], Seen()
         if not self.compares and not (self.predicts and self.config.loss.kd_weight):
             return [], Seen()
-        rows, source = batch.indices.cpu().numpy(), self.source
-        assert source is not None
-
-        def some(places: list[int]) -> MicroBatch:
-            device, packed = batch.input_ids.device, batch.packing is not None
-            return source.micro_batch(rows[places], False, packed).to(device)
-
-        routes = set(self.about.routes[rows].tolist())
-        return self.teachers.look(batch, self.about.uids[rows].tolist(), routes, self.compares, some)
+        assert self.ahead is not None
+        assert self.source is not None
+        rows = batch.indices.cpu().numpy()
+        if not self.compares:
+            return self.ahead.states(rows, self.source, self.about, batch), Seen()
+        uids, routes = self.about.uids[rows].tolist(), set(self.about.routes[rows].tolist())
+        return self.teachers.look(parts_of(rows, self.source, batch), uids, routes, True)
 
     def _prediction(
         self, batch: MicroBatch, hidden: Tensor, states: list[Tensor | None], counts: Counts

@@ -134,15 +134,8 @@ def test_rows_seen_before_are_not_asked_again(world: dict[str, Path]) -> None:
         torch.testing.assert_close(p.grad, known, rtol=1e-3, atol=1e-6)
 
 
-def test_of_a_batch_only_the_unknown_rows_are_read(
-    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Replayed answers beside fresh ones: the teacher reads the fresh ones' tokens alone, and the loss and
-    gradient are those of a teacher that reads all."""
-    trainer = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
-    fresh = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
-    trainer.accumulate(0, np.arange(0, ROWS, 3))
-    trainer.optimizer.step(0.0)  # nothing moves, and the gradients are gone
+def reads(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens (without padding) of every forward pass of the trainer's teacher from now on."""
     read: list[int] = []
     decoder = trainer.step.teachers.first.model.get_decoder()  # type: ignore[attr-defined]
     forward = type(decoder).forward
@@ -153,12 +146,56 @@ def test_of_a_batch_only_the_unknown_rows_are_read(
         return forward(self, input_ids=input_ids, **others)
 
     monkeypatch.setattr(type(decoder), "forward", counting)
+    return read
+
+
+def written(trainer: Trainer, rows: list[int]) -> list[int]:
+    """Tokens of each row, counted as `reads` does."""
+    return [int((trainer.rows.tokens(i) != 0).sum()) for i in rows]  # type: ignore[attr-defined]
+
+
+def test_of_a_batch_only_the_unknown_rows_are_read(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed answers beside fresh ones: the teacher reads the fresh ones' tokens alone, and the loss and
+    gradient are those of a teacher that reads all."""
+    trainer = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
+    fresh = Trainer(model(0), Rows(world["rows"], 64, False), config(world))
+    trainer.accumulate(0, np.arange(0, ROWS, 3))
+    trainer.optimizer.step(0.0)  # nothing moves, and the gradients are gone
+    read = reads(trainer, monkeypatch)
     sums = trainer.accumulate(1, np.arange(ROWS))
-    unknown = [i for i in range(ROWS) if i % 3]
-    assert sum(read) == sum(int((trainer.rows.tokens(i) != 0).sum()) for i in unknown)  # type: ignore[attr-defined]
+    assert sum(read) == sum(written(trainer, [i for i in range(ROWS) if i % 3]))
     torch.testing.assert_close(sums, fresh.accumulate(1, np.arange(ROWS)), rtol=1e-6, atol=1e-8)
     for (name, mine), (_, other) in zip(trainer.optimizer.named, fresh.optimizer.named, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_teacher_reads_several_passes_at_once(
+    world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """Passes of a row or two: the teacher reads as many rows as `read_tokens` holds, each row once, without
+    remembering any, and nothing of the loss or the gradient changes; a row longer than that is read alone."""
+    found = []
+    for most in (1, 60, 8192):
+        teacher = {"cache_rows": 0, "read_tokens": most}
+        one = config(world, ("teacher", "other"), teacher=teacher, micro_tokens=16, packing=packing)
+        trainer = Trainer(model(0), Rows(world["rows"], 64, False), one)
+        read = reads(trainer, monkeypatch)
+        sums = trainer.accumulate(0, np.arange(ROWS))
+        grad = torch.cat([p.grad.flatten() for _, p in trainer.optimizer.named])  # type: ignore[union-attr]
+        found.append((read, sums, grad, trainer.rows.lengths))
+        monkeypatch.undo()
+    (alone, sums, grad, lengths), (some, *_), (whole, *_) = found
+    assert len(alone) > ROWS // 2, lengths
+    assert len(whole) == 1
+    assert sum(alone) == sum(some) == sum(whole)
+    assert 1 < len(some) < len(alone) - 2, lengths
+    assert max(some) <= 60
+    for _, others, other, _ in found[1:]:
+        torch.testing.assert_close(others, sums, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(other, grad, rtol=1e-4, atol=1e-6)
 
 
 TERMS: dict[str, Any] = {

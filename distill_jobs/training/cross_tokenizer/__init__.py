@@ -22,7 +22,7 @@ from distill_jobs.training.cross_tokenizer.uld import (
     profile,
     token_logprobs,
 )
-from distill_jobs.training.data import Rows
+from distill_jobs.training.data import MicroBatch, Rows
 from distill_jobs.training.live_teacher import LiveTeacher
 from distill_jobs.training.method_config import CrossTokenizerConfig
 
@@ -133,8 +133,11 @@ class CrossTokenizer:
         ones = np.ones(len(twins), np.float32)
         prompts = np.array([t.prompt_len for t in twins])
         rows = Rows.of([t.ids for t in twins], prompts, ones, np.zeros(len(twins), bool))
-        batch = rows.micro_batch(np.arange(len(twins)), False).to(device)
-        states, _ = self.model.last_hidden(batch, uids, False)
+
+        def batch_of(places: list[int]) -> MicroBatch:
+            return rows.micro_batch(np.array(places), False).to(device)
+
+        states, _ = self.model.last_hidden(batch_of, uids, False)
         answers = (rows.lengths - rows.prompt_len).tolist()
         labels = np.concatenate([t.ids[t.prompt_len :] for t in twins])
         return _side(states, self.model.head, labels, [[g.teacher for g in t.groups] for t in twins], answers)
