@@ -22,6 +22,7 @@ from benchmarks.recipes.job import (
     Job,
     configure,
     end_with_parent,
+    explains,
     result_file,
     run,
     teacher_result,
@@ -68,10 +69,12 @@ def _run(args: argparse.Namespace) -> int:
     rows, steps, held_out = (max(32, round(args.budget * one)) for one in (ROWS, STEPS, HELD_OUT))
     best_rows, best_steps = round(args.budget * BEST_ROWS), round(args.budget * BEST_STEPS)
     folder = args.folder or Path("runs") / f"bench-recipes-{rows}x{steps}"
-    jobs = [Job(name, seed, steps, rows, held_out) for seed in range(args.seeds) for name in names]
+    fewer = round(RATIONALE_SHARE * rows)
+    of = {name: fewer if explains(name) else rows for name in names}
+    jobs = [Job(name, seed, steps, of[name], held_out) for seed in range(args.seeds) for name in names]
     for job in jobs:
         configure(job)  # a wrong recipe is seen before anything is trained
-    data.make(folder, max(best_rows, rows), held_out, round(RATIONALE_SHARE * rows))
+    data.make(folder, max(best_rows, rows), held_out, [fewer])
     best_seeds = [] if args.only else list(range(args.seeds))
     print(_estimate(jobs, folder, args.processes, best_steps * len(best_seeds)), flush=True)
     teacher = teacher_result(folder, held_out)

@@ -8,6 +8,7 @@ run's folder. Knows nothing of recipes.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,14 @@ def rationale(one: Case) -> str:
     return ". ".join(parts)
 
 
-def make(folder: Path, rows: int, held_out: int, with_rationale: int) -> None:
-    """Fill `folder` with `rows`, `held-out`, and `rationale` of the first rows; what is there stays."""
+def with_rationales(folder: Path, count: int) -> Path:
+    """Where the first rows are beside their rationales."""
+    return folder / f"rationale-{count}"
+
+
+def make(folder: Path, rows: int, held_out: int, explained: Collection[int]) -> None:
+    """Fill `folder` with `rows`, `held-out`, and so many of the first rows with rationales; what is there
+    stays."""
     disable_progress_bar()
     tokenizer = ChatTokenizer(STUDENT)
     teacher = LiveTeacher(TeacherModel(model=TEACHER), 0, torch.device("cpu"), register())
@@ -72,8 +79,9 @@ def make(folder: Path, rows: int, held_out: int, with_rationale: int) -> None:
             _answered(folder / name, cases, tokenizer, teacher)
         if (known := read_manifest(folder / name).get("rows")) != len(cases):
             raise DataError(f"{folder / name} has {known} rows, not {len(cases)}; take another --folder.")
-    if not (folder / "rationale").exists():
-        _with_rationales(folder, requests("live", 0, with_rationale), tokenizer)
+    for count in explained:
+        if not with_rationales(folder, count).exists():
+            _explain(folder, requests("live", 0, count), tokenizer)
 
 
 def _answered(place: Path, cases: list[Case], tokenizer: ChatTokenizer, teacher: LiveTeacher) -> None:
@@ -112,7 +120,9 @@ def _top(
     order = np.argsort(rows.lengths, kind="stable")
     for start in tqdm(range(0, len(ids), 64), desc="teacher scores", unit="batch"):
         part = order[start : start + 64]
-        last, _ = teacher.last_hidden(rows.micro_batch(part, False, True), part.tolist(), False)
+        last, _ = teacher.last_hidden(
+            lambda places, part=part: rows.micro_batch(part[places], False, True), part.tolist(), False
+        )
         logprobs = torch.log_softmax(last.float() @ teacher.head.T.float(), -1).topk(TOP_K, -1)
         sizes = (rows.lengths - rows.prompt_len)[part].tolist()
         for index, top_ids, top in zip(
@@ -122,7 +132,7 @@ def _top(
     return found_ids, found
 
 
-def _with_rationales(folder: Path, cases: list[Case], tokenizer: ChatTokenizer) -> None:
+def _explain(folder: Path, cases: list[Case], tokenizer: ChatTokenizer) -> None:
     """The first rows again, each beside a row of task "rationale" for the same request."""
     known = pq.read_table(folder / "rows" / "part-00000.parquet", columns=["input_ids", "prompt_len"])
     count = len(cases)
@@ -135,7 +145,7 @@ def _with_rationales(folder: Path, cases: list[Case], tokenizer: ChatTokenizer) 
         "prompt_len": pa.array(prompts + [prompts[i] for i in kept], pa.int32()),
         "task": ["answer"] * count + ["rationale"] * len(kept),
     }
-    _write(folder / "rationale", table, {"scheme": "topk"})
+    _write(with_rationales(folder, count), table, {"scheme": "topk"})
 
 
 def _write(place: Path, table: dict[str, Any], about: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from benchmarks.recipes.data import (
     TEACHER,
     body,
     requests,
+    with_rationales,
 )
 from contracts.config import load_config, write_atomic
 from demo.world import grade
@@ -81,6 +82,11 @@ def configure(job: Job) -> TrainConfig:
     return config.model_copy(update=updates)
 
 
+def explains(recipe: str) -> bool:
+    """Whether the recipe trains on rationales, too."""
+    return configure(Job(recipe, 0, 1, 1, 1)).terms.rationale is not None
+
+
 def result_file(job: Job, folder: Path) -> Path:
     """Where the job's result is kept: another recipe of the same name has another file."""
     digest = sha256_of(configure(job).model_dump(mode="json"))[:8]
@@ -96,9 +102,10 @@ def trainer_of(job: Job, folder: Path) -> Trainer:
     if config.lora is not None:
         model = add_lora(model, config.lora, STUDENT)
     model.set_attn_implementation(register())
-    place = folder / ("rationale" if config.terms.rationale is not None else "rows")
+    explained = explains(job.recipe)
+    place = with_rationales(folder, job.rows) if explained else folder / "rows"
     rows = Rows(place, config.max_length, config.cached_teacher)
-    whole = config.terms.rationale is not None or job.rows >= len(rows)
+    whole = explained or job.rows >= len(rows)
     return Trainer(model, rows if whole else first_rows(rows, job.rows), config)
 
 
