@@ -1,4 +1,6 @@
-"""Copies the committed results' bars into the README, between its two markers; a test holds it to them.
+"""Copies the committed results' bars into the READMEs, between two markers; a test holds them to it.
+
+The Chinese README takes the demo's last words from the English one, too.
 
 Usage: python -m benchmarks.readme [--check]
 """
@@ -11,7 +13,8 @@ from pathlib import Path
 from benchmarks.results import RESULTS, Result
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-START, END = "<!-- results:start -->", "<!-- results:end -->"
+CHINESE = README.with_name("README.zh-CN.md")
+RESULTS_BLOCK, DEMO_BLOCK = "results", "demo"
 
 
 def table() -> str:
@@ -30,11 +33,23 @@ def table() -> str:
     return "\n".join(parts)
 
 
-def rendered() -> str:
-    """The README with its results block as it should be."""
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(START)
-    return f"{head}{START}\n{table()}{END}{rest.split(END)[1]}"
+def rendered(file: Path = README) -> str:
+    """A README with its blocks as they should be."""
+    text = _with_block(file.read_text(encoding="utf-8"), RESULTS_BLOCK, f"\n{table()}")
+    if file == README:
+        return text
+    return _with_block(text, DEMO_BLOCK, block(README.read_text(encoding="utf-8"), DEMO_BLOCK))
+
+
+def block(text: str, name: str) -> str:
+    """What is between a block's two markers."""
+    return text.split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
+
+
+def _with_block(text: str, name: str, content: str) -> str:
+    head, rest = text.split(f"<!-- {name}:start -->")
+    tail = rest.split(f"<!-- {name}:end -->")[1]
+    return f"{head}<!-- {name}:start -->{content}<!-- {name}:end -->{tail}"
 
 
 def _number(value: float) -> str:
@@ -42,6 +57,8 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:
-        sys.exit(0 if rendered() == README.read_text(encoding="utf-8") else "README is out of date: run me")
-    README.write_text(rendered(), encoding="utf-8")
+    for readme in (README, CHINESE):
+        if "--check" not in sys.argv:
+            readme.write_text(rendered(readme), encoding="utf-8")
+        elif rendered(readme) != readme.read_text(encoding="utf-8"):
+            sys.exit(f"{readme.name} is out of date: run me")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from benchmarks import readme
 from benchmarks.results import RESULTS, Bar, Result, at_least, at_most, hardware, hardware_slug
@@ -11,9 +14,44 @@ from benchmarks.results import RESULTS, Bar, Result, at_least, at_most, hardware
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_readme_holds_the_committed_results() -> None:
-    """`python -m benchmarks.readme` has been run after the last benchmark."""
-    assert readme.rendered() == (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", [readme.README, readme.CHINESE], ids=lambda file: file.name)
+def test_readmes_hold_the_committed_results(file: Path) -> None:
+    """`python -m benchmarks.readme` has been run after the last benchmark or demo."""
+    assert readme.rendered(file) == file.read_text(encoding="utf-8")
+
+
+def code_blocks(text: str) -> list[str]:
+    """What is between code fences, in order."""
+    return re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+
+
+def targets(text: str) -> list[str]:
+    """Where links and pictures lead, in order, without those between the two languages."""
+    return [one for one in re.findall(r"\]\(([^)]+)\)", text) if not one.startswith("README")]
+
+
+def names(text: str) -> Counter[str]:
+    """What is written as code in running text: commands, files, options."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return Counter(re.findall(r"`([^`\n]+)`", prose))
+
+
+def figures(text: str) -> list[str]:
+    """Numbers of the running text, sorted; words for small numbers are the translation's own."""
+    prose = re.sub(r"```.*?```|`[^`\n]+`|\]\([^)]+\)", "", text, flags=re.DOTALL)
+    return sorted(re.findall(r"\d+(?:\.\d+)?", prose))
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """Commands, output, links, names in code and figures are the English README's, and so are its headings'
+    number and order: a change of one is a change of both."""
+    english, chinese = (one.read_text(encoding="utf-8") for one in (readme.README, readme.CHINESE))
+    assert code_blocks(chinese) == code_blocks(english)
+    assert targets(chinese) == targets(english)
+    assert names(chinese) == names(english)
+    assert figures(chinese) == figures(english)
+    levels = [[len(one) for one in re.findall(r"^(#+) ", text, re.MULTILINE)] for text in (english, chinese)]
+    assert levels[0] == levels[1]
 
 
 def test_every_committed_result_parses_and_names_its_hardware() -> None:
