@@ -5,9 +5,11 @@ A Debian package is downloaded and unpacked, never installed, so no daemon start
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 CACHE = Path(os.environ.get("STILLHOUSE_TOOLS", Path.home() / ".cache" / "stillhouse" / "tools"))
@@ -18,26 +20,32 @@ def debian_binary(package: str, binary: str) -> Path:
     on_path = shutil.which(binary)
     if on_path:
         return Path(on_path)
-    folder = CACHE / package
-    found = folder / "usr" / "bin" / binary
-    if not found.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _fetch(package, folder):
-            _apt("update", cwd=folder)
-            if not _fetch(package, folder):
+    found = CACHE / package / "usr" / "bin" / binary
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{package}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not found.exists() and not _fetch(package):
+            _apt("update", cwd=CACHE)
+            if not _fetch(package):
                 raise RuntimeError(
                     f"{binary} is needed: install it, or make 'apt-get download {package}' work."
                 )
     return found
 
 
-def _fetch(package: str, folder: Path) -> bool:
-    if not _apt("download", package, cwd=folder):
-        return False
-    archive = max(folder.glob(f"{package}_*.deb"), key=lambda f: f.stat().st_mtime)
-    done = subprocess.run(["dpkg", "-x", str(archive), str(folder)], capture_output=True, check=False)
-    archive.unlink()
-    return done.returncode == 0
+def _fetch(package: str) -> bool:
+    """Download and unpack into the cache: the folder appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=CACHE) as place:
+        folder = Path(place)
+        if not _apt("download", package, cwd=folder):
+            return False
+        (archive,) = folder.glob(f"{package}_*.deb")
+        unpacked = folder / "unpacked"
+        done = subprocess.run(["dpkg", "-x", str(archive), str(unpacked)], capture_output=True, check=False)
+        if done.returncode == 0:
+            shutil.rmtree(CACHE / package, ignore_errors=True)
+            unpacked.rename(CACHE / package)
+        return done.returncode == 0
 
 
 def _apt(*arguments: str, cwd: Path) -> bool:

@@ -46,7 +46,7 @@ def post(url: str, body: dict[str, Any], **headers: str) -> tuple[int, dict[str,
         return err.code, json.loads(err.read()), dict(err.headers)
 
 
-def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(what: str, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Poll until it is so; fails with its name."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -69,7 +69,7 @@ class Server:
                 return
         raise AssertionError(f"{args} did not start")
 
-    def stop(self, timeout_s: float = 20.0) -> None:
+    def stop(self, timeout_s: float = 60.0) -> None:
         """SIGTERM, and wait for a clean end."""
         if self.process.poll() is None:
             self.process.terminate()

@@ -88,9 +88,9 @@ def test_promql_says_what_was_sent(stack: LiveStack, server: str) -> None:
     """A real Prometheus server, asked by PromQL, has the requests of the test and not one more or less."""
     total = 'sum(stillhouse_requests_total{route="support",arm="stable",outcome="ok"})'
     before = counted(stack.metrics(), route="support")
-    wait_until("the counts so far", lambda: query(server, total) == before, 15)
+    wait_until("the counts so far", lambda: query(server, total) == before)
     send(stack, SENT)
-    wait_until(f"{SENT} more requests", lambda: query(server, total) == before + SENT, 15)
+    wait_until(f"{SENT} more requests", lambda: query(server, total) == before + SENT)
     by_arm = query(server, 'sum(stillhouse_e2e_seconds_count{route="support",arm="stable"})')
     assert by_arm == before + SENT
     assert (query(server, 'sum(stillhouse_in_flight{route="support"})') or 0.0) == 0.0

@@ -40,17 +40,17 @@ def upstream(name: str, fake: Fake, **more: Any) -> Upstream:
 
 
 def test_aliases_and_the_default_route_come_and_go_live(world: World) -> None:
-    """Further names mean the route within a second, unknown names only while it is the default."""
+    """Further names mean the route without a restart, unknown names only while it is the default."""
     world.split(1)
     router = world.router()
     assert ask(router, model="gpt-4o")[0] == 404
     put(world, 1, aliases=("gpt-4o",))
-    wait_until("the alias answers", lambda: ask(router, model="gpt-4o")[0] == 200, 1.5)
+    wait_until("the alias answers", lambda: ask(router, model="gpt-4o")[0] == 200)
     models = [m["id"] for m in json.loads(get(f"{router.url}/v1/models")[1])["data"]]
     assert models == ["gpt-4o", "support"]
     assert ask(router, model="whatever")[0] == 404
     put(world, 2, aliases=(), default=True)
-    wait_until("any name answers", lambda: ask(router, model="whatever")[0] == 200, 1.5)
+    wait_until("any name answers", lambda: ask(router, model="whatever")[0] == 200)
     scrape = get(f"{router.url}/metrics")[1]
     assert "whatever" not in scrape  # a client's word is never a label
     assert total(scrape, "stillhouse_requests_total", route="support", outcome="ok") == 2
@@ -117,12 +117,12 @@ def test_an_open_breaker_spares_the_failing_arm_and_closes_again(world: World) -
     """After five failures in a row the canary is not asked for a while; it recovers, and is asked again."""
     world.split(1, weight=1.0)
     world.canary.control(status=500)
-    router = world.router(eject_s=0.5, retry_ratio=0)
+    router = world.router(eject_s=3, retry_ratio=0)
     assert {ask(router, f"q{i}")[0] for i in range(12)} == {200}
     assert world.canary.status()["requests"] == 5
     assert total(get(f"{router.url}/metrics")[1], "stillhouse_ejections_total", upstream="student") == 1
     world.canary.control(status=200)
-    wait_until("the canary answers again", lambda: ask(router)[1]["model"] == "small", 5)
+    wait_until("the canary answers again", lambda: ask(router)[1]["model"] == "small")
 
 
 def test_a_conversation_stays_on_its_replica(world: World) -> None:
@@ -147,19 +147,23 @@ def test_a_conversation_stays_on_its_replica(world: World) -> None:
 
 def test_a_shadow_sees_a_sample_and_touches_nobody(world: World) -> None:
     """Same body and streaming mode, joined by pair id, off the client's path even when it hangs or fails."""
-    twin = Fake(text="twin ", ttft_s=0.3)
+    twin = Fake(text="twin ", ttft_s=1.0)
     world.others.append(twin)
     world.split(1, weight=1e-9)
     put(world, 1, shadow=Shadow(upstream=upstream("twin", twin), share=0.5))
     router = world.router()
-    started = time.monotonic()
+    running = 0
     for i in range(20):
         assert ask(router, f"q{i}", stream=False)[0] == 200
-    assert time.monotonic() - started < 4.0  # twenty shadows of 0.3 s in line would be 6 s
-    wait_until("the shadows are logged", lambda: any(r["arm"] == "shadow" for r in world.rows()))
-    time.sleep(1.0)
+        running = max(running, twin.status()["running"])
+    assert running > 0  # the client has its answer while the shadow still waits for its own
+
+    def logged() -> list[dict[str, Any]]:
+        return [r for r in world.rows() if r["arm"] == "shadow"]
+
+    wait_until("the shadows are logged", lambda: 0 < len(logged()) == twin.status()["requests"])
     rows = world.rows()
-    shadows = [r for r in rows if r["arm"] == "shadow"]
+    shadows = logged()
     first = {r["request_id"]: r for r in rows if r["arm"] == "stable"}
     assert len(first) == 20
     assert 3 <= len(shadows) <= 17
@@ -227,14 +231,14 @@ def test_a_routes_own_timeouts_are_live_and_take_the_place_of_the_routers(world:
     world.stable.control(ttft_s=0.8)
     assert ask(router)[0] == 504
     put(world, 1, timeouts=RouteTimeouts(first_byte_s=5.0))
-    wait_until("the route waits longer", lambda: ask(router)[0] == 200, 5)
+    wait_until("the route waits longer", lambda: ask(router)[0] == 200)
     put(world, 2, timeouts=RouteTimeouts(first_byte_s=5.0, total_s=0.4))
-    wait_until("the whole is bounded", lambda: ask(router)[0] == 504, 5)
+    wait_until("the whole is bounded", lambda: ask(router)[0] == 504)
     world.stable.control(ttft_s=0.0, tpot_s=0.6)
     put(world, 3, timeouts=RouteTimeouts(between_chunks_s=0.2))
-    wait_until("a pause ends the stream", lambda: '"timeout"' in _streamed(router), 10)
+    wait_until("a pause ends the stream", lambda: '"timeout"' in _streamed(router))
     put(world, 4)
-    wait_until("the defaults are back", lambda: _streamed(router).rstrip().endswith("[DONE]"), 20)
+    wait_until("the defaults are back", lambda: _streamed(router).rstrip().endswith("[DONE]"))
 
 
 def _streamed(router: Server) -> str:

@@ -33,7 +33,7 @@ def test_every_request_is_logged_once(stack: LiveStack) -> None:
         found = [r for r in rows if "please log number" in r["request"]["messages"][0]["content"]]
         return found if len(found) >= 6 else []
 
-    rows = wait_until("six rows in the request log", logged, 20)
+    rows = wait_until("six rows in the request log", logged)
     assert len(rows) == 6
     assert {r["response_text"] for r in rows} == texts
     assert {(r["upstream"], r["outcome"], r["arm"]) for r in rows} == {("teacher", "ok", "stable")}

@@ -188,15 +188,12 @@ def test_a_killed_controller_resumes_the_ramp_and_promotes(stack: LiveStack) -> 
         killed_at = stack.last_rollout().status
         killed = stack.replica_pid(CONTROLLER_APP)
         os.kill(killed, signal.SIGKILL)
-        at = time.monotonic()
         wait_until("ticks go on", lambda: stack.last_rollout().status.ticks > killed_at.ticks + 1, 120)
-        resumed_s = time.monotonic() - at
         wait_until("a decision", lambda: stack.last_rollout().status.phase.terminal, 240)
     status = stack.last_rollout().status
     assert stack.last_rollout().spec.id == started
     assert status.decision == "promoted", status.reason
     assert stack.replica_pid(CONTROLLER_APP) != killed
-    assert resumed_s < 60
     assert seen.failed == []
     assert seen.answered > 30
     split = stack.traffic.get_split("support")

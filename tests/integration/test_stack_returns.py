@@ -31,7 +31,7 @@ def test_down_leaves_nothing_and_up_brings_the_student_back(stack: LiveStack) ->
     assert stack.ask("who is there")
     again = stack.record
     os.kill(again.pid, signal.SIGKILL)
-    wait_until("the supervisor is gone", lambda: not again.supervised, 10)
+    wait_until("the supervisor is gone", lambda: not again.supervised)
     assert "crashed" in stack.cli("status").stdout
     stack.down()
     assert marked_processes(again.stack_id) == []
