@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from contracts.errors import StillhouseError
+from distill_jobs.priority import follow
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -48,6 +49,7 @@ def run_worker(
             text=True,
             start_new_session=True,
         )
+        follow(worker.pid)
         reader = threading.Thread(target=_read, args=(worker, on_progress, log), daemon=True)
         reader.start()
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distill_jobs.locks import is_locked, take
+from distill_jobs.priority import lower
 
 LOCK, LAUNCH, PID = "lock", "launch.json", "pid.json"
 TAKEN = 75
@@ -47,7 +48,7 @@ def main(folder: Path) -> int:
     # A handler, not SIG_IGN, which the run would inherit: the group's SIGTERM is for the run.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    os.nice(spec["nice"])
+    lower(spec["nice"])
     if spec["cpus"]:
         os.sched_setaffinity(0, spec["cpus"])
     _write(folder / PID, {"pid": os.getpid(), "attempt": spec["attempt"], "boot": boot_id()})
