@@ -1,8 +1,9 @@
 """`make bench BENCH=recipes`: every recipe of configs/recipes on the demo task, as a table with intervals.
 
 All recipes get the same student, rows and optimizer steps; each is run with several seeds, two processes at a
-time. The best one that is not dear is then trained longer, on more rows, and compared with the teacher. A run
-that was stopped goes on in its folder. Knows nothing of how a recipe trains.
+time. Labels alone, and rationales beside fewer labels, are trained longer, too, and so is, on more rows, the
+best recipe that is not dear, which is compared with the teacher. A stopped run goes on in its folder.
+Knows nothing of how a recipe trains.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ from distill_jobs.training.recipes import recipe_names
 ROWS, STEPS, HELD_OUT = 2400, 120, 400
 BEST_ROWS, BEST_STEPS = 6000, 1500
 RATIONALE_SHARE = 0.8
+LABEL_ONLY, EXPLAINED = "sequence_level", "rationale"
+EXPLAINED_ROWS, EXPLAINED_STEPS = (
+    4000,
+    800,
+)  # labels alone and rationales are compared where both have converged
 ANSWERING = 0.03  # seconds a held-out request, of a student
 LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
@@ -74,20 +80,27 @@ def _run(args: argparse.Namespace) -> int:
     jobs = [Job(name, seed, steps, of[name], held_out) for seed in range(args.seeds) for name in names]
     for job in jobs:
         configure(job)  # a wrong recipe is seen before anything is trained
-    data.make(folder, max(best_rows, rows), held_out, [fewer])
-    best_seeds = [] if args.only else list(range(args.seeds))
-    print(_estimate(jobs, folder, args.processes, best_steps * len(best_seeds)), flush=True)
+    long_rows, long_steps = (round(args.budget * one) for one in (EXPLAINED_ROWS, EXPLAINED_STEPS))
+    of_long = {LABEL_ONLY: long_rows, EXPLAINED: round(RATIONALE_SHARE * long_rows)}
+    data.make(folder, max(best_rows, rows), held_out, [fewer, of_long[EXPLAINED]])
+    longer_seeds = [] if args.only else list(range(args.seeds))
+    pair = [Job(name, seed, long_steps, n, held_out) for seed in longer_seeds for name, n in of_long.items()]
+    print(_estimate([*jobs, *pair], folder, args.processes, best_steps * len(longer_seeds)), flush=True)
     teacher = teacher_result(folder, held_out)
-    results = _all(jobs, folder, args.processes)
-    lines = table.lines(results, teacher)
+    results = _all([*jobs, *pair], folder, args.processes)
+    lines = table.lines(results[: len(jobs)], teacher)
     print(table.shown(lines, teacher))
     if args.only:
         return 0
     affordable = next(one["recipe"] for one in lines if _cost(Job(one["recipe"], 0, 1, 1, 1)) <= DEAR)
-    best = [Job(affordable, seed, best_steps, best_rows, held_out) for seed in best_seeds]
-    longer = table.lines(_all(best, folder, args.processes), teacher)
-    longer[0]["recipe"] += ", trained longer"
-    bars = table.bars(lines, longer[0], teacher)
+    best = [Job(affordable, seed, best_steps, best_rows, held_out) for seed in longer_seeds]
+    longer = [
+        *table.lines(_all(best, folder, args.processes), teacher),
+        *table.lines(results[len(jobs) :], teacher),
+    ]
+    for line in longer:
+        line["recipe"] += ", trained longer"
+    bars = table.bars(lines, longer, (LABEL_ONLY, EXPLAINED))
     print(table.shown(longer, teacher))
     for bar in bars:
         print(f"{'ok  ' if bar.ok else 'MISS'} {bar.what}: {bar.value:.4g} (bar {bar.bar})")
@@ -107,7 +120,7 @@ def _estimate(jobs: list[Job], folder: Path, processes: int, best_steps: int) ->
     total = sum(step * job.steps * _cost(job) + ANSWERING * job.held_out + 8 for job in left)
     minutes = (total + step * best_steps) / processes / 60
     return (
-        f"{len(left)} of {len(jobs)} runs are left, {left[0].steps} steps each, {processes} at a time: about"
+        f"{len(left)} of {len(jobs)} runs are left, {processes} at a time: about"
         f" {minutes:.0f} minutes on this machine ({step:.2f} s a plain step)"
     )
 

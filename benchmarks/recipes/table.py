@@ -72,10 +72,13 @@ def shown(made: list[dict[str, Any]], teacher: dict[str, Any]) -> str:
     return "\n".join([head, *rows, f"{'(teacher)':<22} {np.mean(teacher['right']):>8.3f}"])
 
 
-def bars(made: list[dict[str, Any]], best: dict[str, Any], teacher: dict[str, Any]) -> list[Bar]:
-    """What the issue promises of the table."""
+def bars(made: list[dict[str, Any]], longer: list[dict[str, Any]], pair: tuple[str, str]) -> list[Bar]:
+    """What the issue promises of the table. `longer`: the best recipe's line, then those of `pair` (labels
+    alone, and rationales beside fewer labels)."""
     of = {one["recipe"]: one for one in made}
-    label, why, own, replay = (of[n] for n in ("sequence_level", "rationale", "on_policy", "replay"))
+    after = {one["recipe"]: one for one in longer[1:]}
+    label, why = (after[f"{name}, trained longer"] for name in pair)
+    best, own, replay = longer[0], of["on_policy"], of["replay"]
     worse = own["accuracy"] - replay["accuracy"]
     speed = own["second_half_seconds"] / replay["second_half_seconds"]
     return [

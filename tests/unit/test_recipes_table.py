@@ -53,28 +53,18 @@ def test_the_interval_covers_both_seeds_and_requests() -> None:
 
 def test_bars_follow_the_issue() -> None:
     """Each bar holds or misses by its own figure."""
-    made = lines(
-        [
-            result("sequence_level", 0, 15),
-            result("rationale", 0, 15),
-            result("on_policy", 0, 16, second=30),
-            result("replay", 0, 16, second=10),
-        ],
-        TEACHER,
-    )
-    best = lines([result("best", 0, 19)], TEACHER)[0]
-    assert [bar.ok for bar in bars(made, best, TEACHER)] == [True] * 5
-    slower = lines(
-        [
-            result("sequence_level", 0, 15),
-            result("rationale", 0, 14),
-            result("on_policy", 0, 18, second=15),
-            result("replay", 0, 16, second=10),
-        ],
-        TEACHER,
-    )
-    weak = lines([result("best", 0, 18)], TEACHER)[0]
-    assert [bar.ok for bar in bars(slower, weak, TEACHER)] == [False, True, False, False, False]
+
+    def longer(best: int, label: int, why: int) -> list[dict[str, Any]]:
+        found = [
+            lines([result(*one)], TEACHER)[0] for one in (("b", 0, best), ("l", 0, label), ("r", 0, why))
+        ]
+        return [one | {"recipe": f"{one['recipe']}, trained longer"} for one in found]
+
+    made = lines([result("on_policy", 0, 16, second=30), result("replay", 0, 16, second=10)], TEACHER)
+    assert [bar.ok for bar in bars(made, longer(19, 15, 15), ("l", "r"))] == [True] * 5
+    slower = lines([result("on_policy", 0, 18, second=15), result("replay", 0, 16, second=10)], TEACHER)
+    wanted = [False, True, False, False, False]
+    assert [bar.ok for bar in bars(slower, longer(18, 15, 14), ("l", "r"))] == wanted
 
 
 def test_a_rationale_says_which_words_ask_for_what() -> None:
