@@ -150,18 +150,22 @@ class LiveStack:
         assert len(found) == 1, f"{app}: {found}"
         return found[0]
 
-    def haproxy_pids(self) -> list[int]:
-        """The pids of all HAProxy processes of the stack."""
-        programs = {pid: name.split(" ", 1)[0] for pid, name in self.processes().items()}
-        return sorted(pid for pid, program in programs.items() if Path(program).name == "haproxy")
+    def _haproxies(self) -> dict[int, list[str]]:
+        """Every HAProxy, in one look (one that ends between two looks would seem another's): pid → its
+        command line."""
+        lines = {pid: name.split(" ") for pid, name in self.processes().items()}
+        return {p: line for p, line in lines.items() if Path(line[0]).name == "haproxy"}
+
+    def _is_front(self, line: list[str]) -> bool:
+        return any(f"{self.config.ray_dir}/front/" in word for word in line)
 
     def front_pids(self) -> list[int]:
         """The pids of the two in front of the routers."""
-        return [p for p in self.haproxy_pids() if f"{self.config.ray_dir}/front/" in title(psutil.Process(p))]
+        return sorted(pid for pid, line in self._haproxies().items() if self._is_front(line))
 
     def rays_haproxy_pids(self) -> list[int]:
-        """The pids of Ray Serve's own."""
-        return sorted(set(self.haproxy_pids()) - set(self.front_pids()))
+        """The pids of Ray Serve's own: one, and for a while another one that finishes its streams."""
+        return sorted(pid for pid, line in self._haproxies().items() if not self._is_front(line))
 
     def last_rollout(self) -> StoredRollout:
         """The latest rollout."""

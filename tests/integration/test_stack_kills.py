@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,40 +128,51 @@ def test_a_killed_router_replica_costs_no_request(stack: LiveStack) -> None:
     assert seen.failed == []
 
 
-def _kill_balancers(stack: LiveStack, seen: Load, victims: list[int], streaming: int) -> None:
+def _kill_balancers(
+    stack: LiveStack, seen: Load, which: Callable[[LiveStack], list[int]], streaming: int
+) -> None:
     """SIGKILL them at once under load and wait until each has a successor that works.
 
     Streams that ran through one are cut off (a killed process writes no error event; the official client
     raises for a connection that ends in the middle of a body), and no other stream is.
     """
     wait_until("requests are answered", lambda: seen.answered > 10 and seen.streamed > 10 * bool(streaming))
+    # Ray starts another whenever its replicas change, and lets the old one finish: that one is no victim.
+    wait_until("there is one of Ray's", lambda: len(stack.rays_haproxy_pids()) == 1, 240)
     answered, streamed, cut = seen.answered, seen.streamed, len(seen.silent)
-    count = len(stack.haproxy_pids())
+    victims = which(stack)
     for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    wait_until("each has a successor", lambda: _replaced(stack, victims, count), 60)
+        with suppress(
+            ProcessLookupError
+        ):  # Ray's may be replaced at this very moment: its successor is waited for
+            os.kill(pid, signal.SIGKILL)
+    wait_until("each has a successor", lambda: _replaced(stack, victims), 120)
     wait_until("requests go on", lambda: seen.answered > answered + 20, 120)
     wait_until("streams go on", lambda: seen.streamed > streamed + 10 * bool(streaming), 120)
     assert len(seen.silent) - cut <= streaming
     assert all("incomplete chunked read" in why or "Connection" in why for why in seen.silent), seen.silent
 
 
-def _replaced(stack: LiveStack, victims: list[int], count: int) -> bool:
-    now = stack.haproxy_pids()
-    return len(now) == count and not set(now) & set(victims)
+def _replaced(stack: LiveStack, victims: list[int]) -> bool:
+    fronts, rays = stack.front_pids(), stack.rays_haproxy_pids()
+    return len(fronts) == 2 and bool(rays) and not {*fronts, *rays} & set(victims)
+
+
+VICTIMS: dict[str, Callable[[LiveStack], list[int]]] = {
+    "first": lambda stack: stack.front_pids()[:1],
+    "second": lambda stack: stack.front_pids()[1:],
+    "both": lambda stack: stack.front_pids(),
+    "both and Ray's": lambda stack: [*stack.front_pids(), *stack.rays_haproxy_pids()],
+    "Ray's": lambda stack: stack.rays_haproxy_pids(),
+}
 
 
 @pytest.mark.parametrize("which", ["first", "second", "both", "both and Ray's"])
 def test_a_killed_haproxy_costs_no_request(stack: LiveStack, which: str) -> None:
     """SIGKILL of either of the stack's two load balancers under load, of both at once, and of Ray Serve's own
     with them: the unchanged client (it retries by itself) sees no failure, least of all a 404."""
-    first, second = stack.front_pids()
-    rays = stack.rays_haproxy_pids()
-    assert len(rays) == 1
-    both = [first, second]
-    victims = {"first": [first], "second": [second], "both": both, "both and Ray's": [*both, *rays]}[which]
     with load(stack, 12, streams=True, max_retries=2) as seen:
-        _kill_balancers(stack, seen, victims, streaming=2)
+        _kill_balancers(stack, seen, VICTIMS[which], streaming=2)
     assert seen.failed == []
     assert seen.broken == []
 
@@ -170,7 +181,7 @@ def test_nobody_notices_when_rays_haproxy_is_killed(stack: LiveStack) -> None:
     """No request goes through it, so its seconds of absence and of 404 cost nothing: no request and no stream
     fails although the client retries nothing."""
     with load(stack, 12, streams=True) as seen:
-        _kill_balancers(stack, seen, stack.rays_haproxy_pids(), streaming=2)
+        _kill_balancers(stack, seen, VICTIMS["Ray's"], streaming=2)
     assert seen.failed == []
     assert seen.broken == []
     assert seen.silent == []
