@@ -37,10 +37,8 @@ ROWS, STEPS, HELD_OUT = 2400, 120, 400
 BEST_ROWS, BEST_STEPS = 6000, 1500
 RATIONALE_SHARE = 0.8
 LABEL_ONLY, EXPLAINED = "sequence_level", "rationale"
-EXPLAINED_ROWS, EXPLAINED_STEPS = (
-    4000,
-    800,
-)  # labels alone and rationales are compared where both have converged
+EXPLAINED_ROWS, EXPLAINED_STEPS = 4000, 800
+"""Labels alone and rationales are compared where both have converged."""
 ANSWERING = 0.03  # seconds a held-out request, of a student
 LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
@@ -76,10 +74,9 @@ def _run(args: argparse.Namespace) -> int:
     best_rows, best_steps = round(args.budget * BEST_ROWS), round(args.budget * BEST_STEPS)
     folder = args.folder or Path("runs") / f"bench-recipes-{rows}x{steps}"
     fewer = round(RATIONALE_SHARE * rows)
+    # This reads every recipe: a wrong one is seen before anything is trained.
     of = {name: fewer if explains(name) else rows for name in names}
     jobs = [Job(name, seed, steps, of[name], held_out) for seed in range(args.seeds) for name in names]
-    for job in jobs:
-        configure(job)  # a wrong recipe is seen before anything is trained
     long_rows, long_steps = (round(args.budget * one) for one in (EXPLAINED_ROWS, EXPLAINED_STEPS))
     of_long = {LABEL_ONLY: long_rows, EXPLAINED: round(RATIONALE_SHARE * long_rows)}
     data.make(folder, max(best_rows, rows), held_out, [fewer, of_long[EXPLAINED]])

@@ -102,7 +102,7 @@ def trainer_of(job: Job, folder: Path) -> Trainer:
     if config.lora is not None:
         model = add_lora(model, config.lora, STUDENT)
     model.set_attn_implementation(register())
-    explained = explains(job.recipe)
+    explained = config.terms.rationale is not None
     place = with_rationales(folder, job.rows) if explained else folder / "rows"
     rows = Rows(place, config.max_length, config.cached_teacher)
     whole = explained or job.rows >= len(rows)

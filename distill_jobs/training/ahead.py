@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill_jobs.training.data import MicroBatch, RowSource
 from distill_jobs.training.live_teacher import LiveTeachers
+from distill_jobs.training.recorder import Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,14 @@ class ReadAhead:
         """
         planned = bool(self._coming) and np.array_equal(self._coming[0], rows)
         if not planned:  # nobody said what comes
-            return self._read(rows, source, about, like)
+            return self.read(rows, source, about, like, False)[0]
         self._coming.popleft()
         if any(row not in self._held for row in rows.tolist()):
+            self._held = {}  # gone before the next is read
             window = self._window(rows, source)
             if len(window) == len(rows):
-                self._held = {}
-                return self._read(rows, source, about, like)
-            found = self._read(window, source, about, like)
+                return self.read(rows, source, about, like, False)[0]
+            found, _ = self.read(window, source, about, like, False)
             self._hold(window, source, found)
         parts = [self._held[row] for row in rows.tolist()]
         return [_joined([one[place] for one in parts]) for place in range(len(self.teachers.models))]
@@ -76,13 +77,12 @@ class ReadAhead:
             window.append(coming)
         return np.unique(np.concatenate(window)) if len(window) > 1 else rows
 
-    def _read(
-        self, rows: np.ndarray, source: RowSource, about: About, like: MicroBatch
-    ) -> list[Tensor | None]:
-        routes = set(about.routes[rows].tolist())
-        batch_of = parts_of(rows, source, like)
-        states, _ = self.teachers.look(batch_of, about.uids[rows].tolist(), routes, False)
-        return states
+    def read(
+        self, rows: np.ndarray, source: RowSource, about: About, like: MicroBatch, inside: bool
+    ) -> tuple[list[Tensor | None], Seen]:
+        """The same of any rows, read now, and the first teacher's inside if wanted."""
+        uids, routes = about.uids[rows].tolist(), set(about.routes[rows].tolist())
+        return self.teachers.look(_parts_of(rows, source, like), uids, routes, inside)
 
     def _hold(self, rows: np.ndarray, source: RowSource, found: list[Tensor | None]) -> None:
         answers = (source.lengths[rows] - source.prompt_len[rows]).tolist()
@@ -93,7 +93,7 @@ class ReadAhead:
         }
 
 
-def parts_of(rows: np.ndarray, source: RowSource, like: MicroBatch) -> Callable[[list[int]], MicroBatch]:
+def _parts_of(rows: np.ndarray, source: RowSource, like: MicroBatch) -> Callable[[list[int]], MicroBatch]:
     """Makes a batch of some of `rows`, by their places; `like` itself where they are all of its rows."""
     own = np.array_equal(like.indices.cpu().numpy(), rows)
 

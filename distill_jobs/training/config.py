@@ -14,6 +14,7 @@ from distill_jobs.training.method_config import (
     LoraConfig,
     PrefixConfig,
     TermsConfig,
+    tokens_of_a_pass,
 )
 
 
@@ -218,7 +219,7 @@ class TrainConfig(StrictConfig):
 
     def pass_tokens(self, device: str) -> int:
         """Tokens in one forward pass on this kind of device ("cpu", "cuda")."""
-        return self.micro_tokens or (1024 if device == "cpu" else 8192)
+        return self.micro_tokens or tokens_of_a_pass(device)
 
     @property
     def with_prompt(self) -> bool:

@@ -35,6 +35,11 @@ class CrossTokenizerConfig(StrictConfig):
     )
 
 
+def tokens_of_a_pass(device: str) -> int:
+    """Tokens of one forward pass on this kind of device ("cpu", "cuda") where nothing else is configured."""
+    return 1024 if device == "cpu" else 8192
+
+
 class LiveTeacherConfig(StrictConfig):
     """Teachers run in the step, without gradient; the cached log-probabilities are then not read."""
 
@@ -58,7 +63,7 @@ class LiveTeacherConfig(StrictConfig):
 
     def at_once(self, device: str) -> int:
         """`read_tokens` on this kind of device ("cpu", "cuda")."""
-        return self.read_tokens or (1024 if device == "cpu" else 8192)
+        return self.read_tokens or tokens_of_a_pass(device)
 
     @model_validator(mode="after")
     def _routable(self) -> LiveTeacherConfig:

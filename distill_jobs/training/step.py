@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from distill_jobs.training.ahead import About, ReadAhead, parts_of
+from distill_jobs.training.ahead import About, ReadAhead
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.cross_tokenizer import CrossTokenizer
 from distill_jobs.training.data import MicroBatch, Rows, RowSource
@@ -196,8 +196,7 @@ class DistillStep:
         rows = batch.indices.cpu().numpy()
         if not self.compares:
             return self.ahead.states(rows, self.source, self.about, batch), Seen()
-        uids, routes = self.about.uids[rows].tolist(), set(self.about.routes[rows].tolist())
-        return self.teachers.look(parts_of(rows, self.source, batch), uids, routes, True)
+        return self.ahead.read(rows, self.source, self.about, batch, True)
 
     def _prediction(
         self, batch: MicroBatch, hidden: Tensor, states: list[Tensor | None], counts: Counts
