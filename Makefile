@@ -10,6 +10,8 @@ DEMO_ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
+# Tests share ports, cores and engines, whatever -j says.
+.NOTPARALLEL:
 .PHONY: help setup demo test lint unit integration e2e bench lock clean
 
 help:  ## show the verbs
@@ -27,15 +29,14 @@ lint: setup  ## ruff, mypy --strict, import contracts
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-test: lint  ## everything: lint, unit, contract, integration, the demo at a small size
-	$(PYTEST) tests -n 2 --dist loadfile -m "not integration and not e2e"
-	$(PYTEST) tests -m "integration or e2e"
+test: lint unit integration e2e  ## everything: lint, unit, contract, integration, the demo at a small size
 
 unit: setup  ## the fast tests only
 	$(PYTEST) tests -n 2 --dist loadfile -m "not integration and not e2e"
 
 integration: setup  ## real servers, engines and Ray
-	$(PYTEST) tests -m integration
+	$(PYTEST) tests -n 2 --dist loadfile -m "integration and not whole"
+	$(PYTEST) tests -m whole
 
 e2e: setup  ## the demo at a small size, as a test
 	$(PYTEST) tests/e2e

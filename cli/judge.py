@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from cli.options import Config, Json
 from contracts.errors import ConfigError, DataError, EngineError, NotFoundError
 
 if TYPE_CHECKING:
@@ -44,10 +45,8 @@ def check(
     name: Annotated[str, typer.Argument(help="A grader of kind 'judge'.")],
     anchors: Annotated[Path, typer.Option(help="JSON lines: people's judgements; see docs/graders.md.")],
     by: Annotated[str | None, typer.Option(help="Who checks; default: you.")] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    config: Annotated[
-        str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration.")
-    ] = None,
+    json_out: Json = False,
+    config: Config = None,
 ) -> None:
     """Ask judge NAME about answers that people have judged, and store how often they agree.
 

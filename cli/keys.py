@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cli.store import Config, State, open_store
+from cli.options import Config
+from cli.store import State, open_store
 from contracts.errors import ConfigError, NotFoundError
 from contracts.keys import ApiKey
 from contracts.routes import Priority

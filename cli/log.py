@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli.options import Config
 from contracts.errors import ConfigError
 
 app = typer.Typer(
@@ -31,9 +32,7 @@ def erase(
     ] = None,
     user: Annotated[str | None, typer.Option(metavar="ID", help="Id of a user, as clients send it.")] = None,
     request: Annotated[str | None, typer.Option(metavar="ID", help="An x-request-id.")] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration.")
-    ] = None,
+    config: Config = None,
 ) -> None:
     """Remove every row of a conversation, a user or a request: log, uploads, feedback. Safe while it runs.
 

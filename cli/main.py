@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import lazy
+from cli.options import Config, Json
 from contracts.errors import StillhouseError
 
 EPILOG = (
@@ -29,8 +30,8 @@ app = typer.Typer(
     epilog=EPILOG,
     help="Turns a large model's traffic into small quantized students, and moves users onto them safely.",
 )
-Config = Annotated[
-    str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration file.")
+StateUrl = Annotated[
+    str | None, typer.Option("--state-url", help="State store of routers that no stack runs.")
 ]
 
 
@@ -60,12 +61,102 @@ def down(config: Config = None) -> None:
 @app.command()
 def status(
     config: Config = None,
-    json_out: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_out: Json = False,
 ) -> None:
     """Routes with their splits, upstreams with their replicas, rollouts and distillation jobs."""
     from cli import status as status_command
 
     status_command.show(config, json_out)
+
+
+@app.command()
+def doctor(
+    config: Config = None,
+    json_out: Json = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for all checks together.")] = 20.0,
+) -> None:
+    """Look at everything a stack stands on, before it starts or while it runs, and say what to do.
+
+    Python and packages against the lock, CPU and GPU builds, memory, disk, ports, secrets (names only), the
+    state store and its schema, clocks, the controller's lease, routers and the splits they use, keys,
+    engines, upstreams, the registry's aliases and their artifacts, the request log and its bucket.
+
+    ok: fine. warn: works, or may not for long. fail: does not work; exit status 1. skip: nothing to look at.
+    It changes nothing, and ends within --timeout whatever does not answer.
+    """
+    from cli.doctor import command
+
+    command.run(config, json_out, timeout)
+
+
+@app.command("support-bundle")
+def support_bundle(
+    file: Annotated[Path, typer.Argument(help="A new zip file.")],
+    config: Config = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the doctor's checks.")] = 20.0,
+) -> None:
+    """Gather what a helper needs to see: versions, configuration, doctor, state, logs, metrics, Ray.
+
+    Secrets are masked (by name, by form, and by value where the environment holds them); texts of requests
+    and answers are not in it. Works while the stack runs, when it is down, and when it does not start.
+    """
+    from cli import bundle
+
+    bundle.run(config, file, timeout)
+
+
+@app.command()
+def backup(
+    place: Annotated[str, typer.Argument(metavar="FILE|URL", help="A new file, or an fsspec URL (s3://…).")],
+    config: Config = None,
+    state_url: StateUrl = None,
+    json_out: Json = False,
+) -> None:
+    """Write the state store (routes, splits, rollouts, evidence, keys, audit) to one file, while it runs.
+
+    The file is as secret as the store. It restores into SQLite and PostgreSQL. Request log, artifacts and
+    the registry are not in it; the output says how to keep them.
+    """
+    from cli import backup as backup_command
+
+    backup_command.backup(config, state_url, place, json_out)
+
+
+@app.command()
+def restore(
+    place: Annotated[str, typer.Argument(metavar="FILE|URL", help="What 'stillhouse backup' wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace everything in a store with rows.")] = False,
+    config: Config = None,
+    state_url: StateUrl = None,
+    json_out: Json = False,
+) -> None:
+    """Put a backup into the state store: all of it, or nothing. Nothing may run on the store meanwhile.
+
+    A backup of an older release is brought up to this release's schema. Rollouts go on from where the
+    backup left them; 'stillhouse rollout replay ID' proves that their audit trail is whole.
+    """
+    from cli import backup as backup_command
+
+    backup_command.restore(config, state_url, place, force, json_out)
+
+
+@app.command()
+def upgrade(
+    apply: Annotated[
+        bool, typer.Option("--apply/--check", help="Do it, or only say what would be done.")
+    ] = False,
+    config: Config = None,
+    state_url: StateUrl = None,
+) -> None:
+    """Bring the state store's schema up to this release; --check (the default) exits with 1 when it is due.
+
+    Whatever opens the store does it too, so this is for those who want to see it before routers start.
+    Take a backup first: there is no way back but a restore. Processes of the release before that run
+    already go on working; those that start later are refused.
+    """
+    from cli import upgrade as upgrade_command
+
+    upgrade_command.run(config, state_url, apply)
 
 
 @app.command("version")
@@ -109,11 +200,28 @@ lazy.add(
 lazy.add(
     app, "errors", "distill_jobs.studies.errors_cli:errors", "Where a student loses to its teacher, and why."
 )
+lazy.add(
+    app, "quantize", "distill_jobs.quantizing.cli:quantize", "Quantize a model, compare as served, choose."
+)
+lazy.add(
+    app, "shrink", "distill_jobs.shrink.cli:shrink", "Cut a checkpoint to a smaller student by importance."
+)
+lazy.add(
+    app, "search", "distill_jobs.search.cli:search", "Find the best student within a budget of bytes or time."
+)
+lazy.add(
+    app,
+    "speculate",
+    "cli.speculate:speculate",
+    "What a student gains as its teacher's draft, measured.",
+)
+lazy.add(app, "tune", "cli.tune:tune", "Engine settings for a route, measured on its logged traffic.")
 lazy.add(app, "flywheel", "distill_jobs.flywheel.cli:app", "Distil by itself, when the logs call for it.")
 lazy.add(app, "keys", "cli.keys:app", "API keys: who may ask the routers, for what, and how much.")
 lazy.add(app, "models", "cli.models:app", "Published students: versions, aliases, model cards.")
 lazy.add(app, "routes", "cli.routes:app", "Routes: their splits, names, defaults and limits.")
 lazy.add(app, "judge", "cli.judge:app", "Judges (models that grade), held against people's judgements.")
+lazy.add(app, "cascade", "cli.cascade:app", "Cascades (a student first, then the teacher): their thresholds.")
 lazy.add(app, "log", "cli.log:app", "Erase a person's or a conversation's rows from the request log.")
 lazy.add(app, "rollout", "serve.rollout.cli:app", "Move a route onto a student, step by step, on evidence.")
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Column, Table
 
+from cli.options import Config, Json
+
 if TYPE_CHECKING:
     from registry.store import Registry
 
@@ -25,9 +27,6 @@ app = typer.Typer(
     help="Published students. A REF is name:3, name@champion, or name for the latest version.",
 )
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name:3, name@champion, or name (latest).")]
-Config = Annotated[
-    str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration file.")
-]
 Uri = Annotated[
     str | None, typer.Option("--tracking-uri", help="MLflow tracking URI, instead of the stack's registry.")
 ]
@@ -36,7 +35,7 @@ Uri = Annotated[
 @app.command("list")
 def list_models(
     name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_out: Json = False,
     config: Config = None,
     tracking_uri: Uri = None,
 ) -> None:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Engine
 
-from cli.store import Config, State, open_store
+from cli.options import Config
+from cli.store import State, open_store
 from contracts.config import load_config, parse_config
 from contracts.errors import ConfigError, ConflictError, NotFoundError
 from contracts.routes import RouteSettings

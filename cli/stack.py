@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.status import Status
 
+from contracts import logs
 from contracts.errors import EngineError, StillhouseError
 from serve.config import ServeConfig, find_config, load_serve_config
 from serve.stack.record import StackRecord, join, read_record
@@ -61,6 +62,7 @@ def up(config_path: str | None, detach: bool, port: int | None, reset_routes: bo
     if detach:
         _up_detached(config, path, port, reset_routes)
         return
+    logs.start(config.logging, "supervisor", names=logs.OURS)
     with Progress() as progress:
 
         def ready(record: StackRecord) -> None:

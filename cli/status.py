@@ -49,7 +49,7 @@ def collect(config: ServeConfig) -> dict[str, Any]:
         "stack": _stack(config),
         "routes": {route: _route(split) for route, split in sorted(splits.items())},
         "upstreams": {
-            name: {"at": up.url or f"app {up.app}", "model": up.model, "replicas": _replicas(up, endpoints)}
+            name: {"at": _place(up), "model": up.model, "replicas": _replicas(up, endpoints)}
             for name, up in sorted(named.items())
         },
         "routers": [r.model_dump(mode="json") for r in traffic.routers(FRESH_S)],
@@ -69,6 +69,15 @@ def collect(config: ServeConfig) -> dict[str, Any]:
     }
 
 
+def _place(upstream: Upstream) -> str:
+    cascade = upstream.cascade
+    if cascade is not None:
+        return (
+            f"cascade {cascade.first.name} → {cascade.then.name} ({cascade.signal} ≥ {cascade.threshold:g})"
+        )
+    return upstream.url or f"app {upstream.app}"
+
+
 def _stack(config: ServeConfig) -> dict[str, Any]:
     record = read_record(config)
     if record is None:
@@ -83,6 +92,7 @@ def _stack(config: ServeConfig) -> dict[str, Any]:
         "detail": record.detail,
         "run_dir": str(config.run_dir),
         "ray_address": record.ray_address,
+        "nodes": [{**node.model_dump(), "alive": node.alive} for node in record.nodes],
     }
 
 
@@ -100,7 +110,8 @@ def _route(split: Split) -> dict[str, Any]:
 
 
 def _replicas(upstream: Upstream, endpoints: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"url": e.url, "pid": e.pid, "seen_at": e.seen_at} for e in endpoints.get(upstream.app or "", [])]
+    found = [e for part in upstream.parts for e in endpoints.get(part.app or "", [])]
+    return [{"url": e.url, "pid": e.pid, "seen_at": e.seen_at} for e in found]
 
 
 def _distillation(config: ServeConfig) -> list[dict[str, Any]]:
@@ -124,6 +135,13 @@ def _print(facts: dict[str, Any]) -> None:
     if stack["phase"] in ("crashed", "failed"):
         console.print(stack["detail"], markup=False)
         console.print("'stillhouse down' cleans up, 'stillhouse up' starts again.")
+    for node in stack.get("nodes", ()):
+        state = "[green]up[/]" if node["alive"] else "[red]down[/]"
+        has = ", ".join(f"{name} {amount:g}" for name, amount in node["resources"].items()) or "no resources"
+        times = "1 time" if node["starts"] == 1 else f"{node['starts']} times"
+        console.print(
+            f"node {node['name']}: {state}, pid {node['pid']}, started {times}; {has}", soft_wrap=True
+        )
     routes = Table("route", "split", "stable", "canary", "weight")
     for name, r in facts["routes"].items():
         weight = f"{100 * r['weight']:g} %" if r["canary"] else ""

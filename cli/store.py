@@ -13,9 +13,6 @@ from sqlalchemy import Engine
 from serve.config import load_serve_config
 from serve.state.tables import open_state
 
-Config = Annotated[
-    str | None, typer.Option("--config", envvar="STILLHOUSE_CONFIG", help="The stack's configuration file.")
-]
 State = Annotated[
     str | None,
     typer.Option("--state-url", help="State store of routers that no stack runs."),

@@ -80,10 +80,31 @@ class GateResult(Record):
     reason: str
 
 
+class DraftOffer(Record):
+    """What a refused student may still do: propose tokens to its teacher, which checks each of them, so that
+    no answer changes (speculative decoding)."""
+
+    greedy_acceptance: float
+    """Share of the teacher's greedy tokens that are the student's likeliest too: kept at temperature 0."""
+    acceptance: float | None = None
+    """Mean of Σ min(p, q) over the teacher's greedy answers: kept at temperature 1. A lower bound, of the
+    tokens that both list."""
+    cost: float
+    """Seconds of the student's step over the teacher's."""
+    tokens: int
+    """Tokens to propose at once, by the formula."""
+    expected_speed_up: float
+    """Of greedy decoding, by theorem 3.8 of Leviathan et al. 2023; predicted, not measured."""
+    command: str
+    """What measures it on logged traffic and writes the engine's setting."""
+
+
 class GateReport(Record):
     """All gates of one artifact. `overridden_by` names who let a failed artifact through, and why."""
 
     results: list[GateResult] = Field(default_factory=list)
+    draft: DraftOffer | None = None
+    """Of a student that failed, where it would speed its teacher up."""
     champion: str | None = None
     """The model that gates relative to champion.* compared with, as name:version."""
     overridden_by: str | None = None

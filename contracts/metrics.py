@@ -17,7 +17,8 @@ LATENCY_BUCKETS_S: tuple[float, ...] = (
     0.002, 0.004, 0.006, 0.008, 0.010, 0.015, 0.020, 0.030, 0.040, 0.060, 0.080, 0.100, 0.150, 0.200, 0.300,
     0.400, 0.600, 0.800, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 60.0,
 )  # fmt: skip
-"""Upper edges in seconds of every latency histogram (metrics and ledger): fine enough for small models."""
+"""Upper edges in seconds of the ledger's latency counts, by which rollouts are judged: fine enough for small
+models. Prometheus gets fewer (serve.router.metrics), because every arm of every route multiplies them."""
 
 SCORE_STEPS = 20
 """Scores in [0, 1] are counted on a grid of this many steps: 0, 0.05, …, 1. A failed grade is 0."""

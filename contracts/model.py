@@ -12,8 +12,18 @@ from contracts.config import Record
 from contracts.gates import GateReport
 
 
+class AdapterBase(Record):
+    """What a LoRA adapter is served beside, and its rank."""
+
+    ref: str
+    """Folder of the base where the adapter was made."""
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the base's folder: the adapter is right on these weights only."""
+    rank: int = Field(ge=1)
+
+
 class Artifact(Record):
-    """A checkpoint folder that vLLM can load."""
+    """A checkpoint folder that vLLM can load, or with `adapter` a LoRA adapter for the engine of its base."""
 
     uri: str
     digest: str
@@ -22,6 +32,8 @@ class Artifact(Record):
     """e.g. 'bf16', 'awq-w4a16-g128'."""
     bytes: int = Field(ge=0)
     params: int = Field(ge=0)
+    adapter: AdapterBase | None = None
+    """None: a whole model."""
 
 
 class EvalReport(Record):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from contracts.cascade import CascadeFields, CascadeNote
 from contracts.config import Record
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -41,11 +42,12 @@ class Arm(StrEnum):
 
 
 class Upstream(Record):
-    """What answers: a Ray Serve application of ours, or any OpenAI-compatible URL. Exactly one of the two."""
+    """What answers: a Ray Serve application of ours, any OpenAI-compatible URL, or a cascade of two such
+    upstreams. Exactly one of the three."""
 
     name: str = Field(pattern=NAME)
     model: str
-    """Model name the upstream expects in the request body."""
+    """Model name the upstream expects in the request body; of a cascade its own name."""
     app: str | None = None
     """Ray Serve application whose replicas register their endpoints in the state store."""
     url: str | None = None
@@ -54,11 +56,20 @@ class Upstream(Record):
     """Environment variable that holds the upstream's key; the key itself is never stored."""
     digest: str | None = None
     """Digest of the artifact it serves, when it is a student of ours."""
+    cascade: Cascade | None = None
+    """Who is asked first and who when that is unsure."""
+
+    @property
+    def parts(self) -> tuple[Upstream, ...]:
+        """The upstreams that are really asked: itself, or both of a cascade, the first one first."""
+        return (self,) if self.cascade is None else (self.cascade.first, self.cascade.then)
 
     @model_validator(mode="after")
     def _one_target(self) -> Upstream:
-        if (self.app is None) == (self.url is None):
-            raise ValueError(f"upstream {self.name!r}: give exactly one of 'app' and 'url'")
+        if [self.app, self.url, self.cascade].count(None) != 2:
+            raise ValueError(f"upstream {self.name!r}: give exactly one of 'app', 'url' and 'cascade'")
+        if self.cascade is not None and self.api_key_env is not None:
+            raise ValueError(f"upstream {self.name!r}: a cascade's upstreams have the keys, not itself")
         return self
 
     @field_validator("url")
@@ -69,6 +80,27 @@ class Upstream(Record):
         if not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
         return value.rstrip("/").removesuffix("/v1")
+
+
+class Cascade(CascadeFields):
+    """Two plain upstreams, and when the second one answers."""
+
+    first: Upstream
+    """Asked first, usually a student; its answer is held until it was judged."""
+    then: Upstream
+    """Asked when the first is unsure, cannot be judged or fails; usually the teacher."""
+
+    @model_validator(mode="after")
+    def _of_two(self) -> Cascade:
+        for place, upstream in (("first", self.first), ("then", self.then)):
+            if upstream.cascade is not None:
+                raise ValueError(f"{place}: {upstream.name!r} is a cascade itself; give a plain upstream")
+        if self.first.name == self.then.name:
+            raise ValueError(f"then: is {self.first.name!r}, as 'first' is; give another upstream")
+        return self
+
+
+Upstream.model_rebuild()
 
 
 class Slot(Record):
@@ -279,5 +311,7 @@ class RequestRow(Record):
     response: dict[str, Any] | None = None
     """The whole response body of a non-streaming request."""
     error: str | None = None
+    cascade: CascadeNote | None = None
+    """Of an upstream that is a cascade: who answered, and why; `model` and `digest` are that one's."""
     key_id: str | None = None
     """The API key that asked; None where keys are off."""

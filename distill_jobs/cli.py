@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,19 +68,12 @@ def distill(
     collect -> teach -> train -> quantize -> evaluate -> gate -> publish
     """
     console = Console(stderr=True, highlight=False)
-    try:
+    with ending(console):
         config = read_config(config_path, overrides or [], workdir)
         if dry_run:
             _print_plan(console, config)
             return
         result = _run(console, config, stage, override_gate)
-    except KeyboardInterrupt:
-        console.print("\nStopped. Run the same command again to go on from here.")
-        raise typer.Exit(_INTERRUPTED) from None
-    except StillhouseError as err:
-        console.print(f"[red]{type(err).__name__}[/red]: ", end="")
-        console.print(str(err), markup=False)
-        raise typer.Exit(_REFUSED if isinstance(err, GateError) else 1) from None
     _print_result(console, result)
 
 
@@ -114,6 +109,20 @@ def _run(
         return run_pipeline(
             config, only=stage, override_gate=override_gate, listener=_Lines(console), say=say
         )
+
+
+@contextmanager
+def ending(console: Console) -> Iterator[None]:
+    """How a command of jobs ends: Ctrl-C and what is wrong are told in words, with an exit code each."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("\nStopped. Run the same command again to go on from here.")
+        raise typer.Exit(_INTERRUPTED) from None
+    except StillhouseError as err:
+        console.print(f"[red]{type(err).__name__}[/red]: ", end="")
+        console.print(str(err), markup=False)
+        raise typer.Exit(_REFUSED if isinstance(err, GateError) else 1) from None
 
 
 def as_interrupt(number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ from distill_jobs.collecting.settings import (
     SourceConfig,
 )
 from distill_jobs.collecting.window import place
+from distill_jobs.quantizing.config import QuantizeConfig
 from distill_jobs.teaching.config import TeachConfig
 from distill_jobs.tracking.config import TrackingConfig
 from distill_jobs.training.config import TrainConfig
@@ -112,25 +113,6 @@ class CollectConfig(Section):
         return self
 
 
-class QuantizeConfig(Section):
-    """AWQ through llm-compressor, in an environment of its own."""
-
-    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"timeout_s", "threads"})
-
-    scheme: Literal["W4A16", "W4A16_ASYM"] = "W4A16"
-    group_size: Literal[32, 64, 128] = 128
-    """Input columns that share a scale; every linear layer's in-features must be a multiple of it."""
-    samples: int = Field(default=128, ge=1)
-    """Calibration samples: logged requests with the teacher's answers."""
-    max_tokens: int = Field(default=512, ge=8)
-    """Calibration samples are cut to this length."""
-    ignore: tuple[str, ...] = ("lm_head",)
-    """Layers that stay in bf16."""
-    timeout_s: float = Field(default=3600, gt=0)
-    threads: int = Field(default=1, ge=1)
-    """OpenMP threads; more than one was slower on a busy machine (research: 22 s against 494 s)."""
-
-
 class EngineConfig(StrictConfig):
     """How evaluation starts vLLM: small, and without touching the engines that serve."""
 
@@ -139,6 +121,12 @@ class EngineConfig(StrictConfig):
     max_num_seqs: int = Field(default=32, ge=1)
     kv_cache_bytes: int = Field(default=256 << 20, ge=1 << 20)
     enforce_eager: bool = True
+    kv_cache_dtype: Literal["auto", "fp8", "int8_per_token_head", "fp8_per_token_head"] = "auto"
+    """Of the KV cache; auto: the model's. On CPU int8_per_token_head is accepted and wrong, which evaluate
+    finds out and refuses."""
+    int8_activations: bool = False
+    """On CPUs with AMX, INT4 weights meet activations rounded to int8: products up to four times as fast,
+    and not quite what the file says. Serving: `env: {VLLM_CPU_INT4_W4A8: "1"}` of the engine."""
     threads: int = Field(default=1, ge=1)
     timeout_s: float = Field(default=1800, gt=0)
 

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from contracts.errors import EngineError
 from distill_jobs.config import EngineConfig
 from distill_jobs.lines import LineIndex, chunks, open_to_append, stream_lines
 from distill_jobs.worker_process import OnProgress, die_with_parent, run_worker
+from registry.adapter import folders_of, layers_of, read_adapter
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -54,20 +56,28 @@ def run_engine(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "job.json", json.dumps({**job, "engine": engine.model_dump()}) + "\n")
     result = out / "result.json"
+    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
+    run_worker(
+        argv, result, out / "engine.log", engine_env(engine), engine.timeout_s, EngineError, on_progress
+    )
+    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return done
+
+
+def engine_env(engine: EngineConfig) -> dict[str, str]:
+    """What a process that loads vLLM has in its environment, beside the caller's."""
     root = str(Path(__file__).resolve().parents[1])
-    env = {
+    return {
         # 'auto' binds every engine on the machine to the same core; the ones that serve are there too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(engine.threads),
+        # vLLM's default is 1: on CPUs with AMX it would round what a file of W4A16 does not.
+        "VLLM_CPU_INT4_W4A8": str(int(engine.int8_activations)),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
     }
-    argv = [sys.executable, "-m", "distill_jobs.engine", str(out / "job.json")]
-    run_worker(argv, result, out / "engine.log", env, engine.timeout_s, EngineError, on_progress)
-    done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return done
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +97,7 @@ def main(job_file: str) -> None:
     out = Path(job["out"])
     started = time.monotonic()
     used_before = _gpu_used()
-    llm = _load(job)
+    llm = load(job["model"], job["engine"], job.get("score", {}).get("topk", 0))
     loaded = time.monotonic()
     result: dict[str, Any] = {"engine": engine_name(), "load_s": loaded - started}
     if "speed" in job:
@@ -101,12 +111,18 @@ def main(job_file: str) -> None:
     write_atomic(out / "result.json", json.dumps(result) + "\n")
 
 
-def _load(job: dict[str, Any]) -> LLM:
+def load(model: str, engine: dict[str, Any], topk: int = 0) -> LLM:
+    """vLLM with a model, by EngineConfig's fields; `topk`: log-probabilities that will be asked. With an
+    adapter's folder it is its base's engine, and every request is the adapter's.
+
+    Raises: DataError for an adapter whose base is not there.
+    """
     from vllm import LLM
 
-    engine = job["engine"]
-    return LLM(
-        model=job["model"],
+    base, *adapter = folders_of(Path(model))
+    llm = LLM(
+        model=str(base),
+        **(_room_for(adapter[0]) if adapter else {}),
         dtype=engine["dtype"],
         enforce_eager=engine["enforce_eager"],
         max_model_len=engine["max_model_len"],
@@ -114,9 +130,24 @@ def _load(job: dict[str, Any]) -> LLM:
         # Scoring needs logits at every prompt position: this bounds them.
         max_num_batched_tokens=max(2048, engine["max_model_len"]),
         kv_cache_memory_bytes=engine["kv_cache_bytes"],
-        max_logprobs=max(20, job.get("score", {}).get("topk", 0)),
+        kv_cache_dtype=engine["kv_cache_dtype"],
+        max_logprobs=max(20, topk),
+        worker_extension_cls="distill_jobs.engine_worker.AllowAmx",
         seed=0,
     )
+    if adapter:
+        from vllm.lora.request import LoRARequest
+
+        mine = LoRARequest("student", 1, str(adapter[0]))
+        llm.generate = partial(llm.generate, lora_request=mine)  # type: ignore[method-assign]
+    return llm
+
+
+def _room_for(adapter: Path) -> dict[str, Any]:
+    """vLLM's arguments for one adapter: its layers alone, as the head with adapters breaks scoring."""
+    rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= read_adapter(adapter).rank)
+    modules = sorted(layers_of(adapter))
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank, "lora_target_modules": modules}
 
 
 def _generate(llm: LLM, prompts: list[list[int]], **params: Any) -> list[Any]:

@@ -24,10 +24,12 @@ from distill_jobs.measuring.intervals import Bootstrap
 from distill_jobs.measuring.statistics import Statistic, save
 from distill_jobs.measuring.subject import Measured, Output, measure, read_output
 from distill_jobs.progress import Progress
-from distill_jobs.quantize import params_of
+from distill_jobs.quantizing.checkpoints import params_of, quantization_of
+from distill_jobs.quantizing.verify import verify_served
 from distill_jobs.stage import Result, locked
 from distill_jobs.tokens import ChatTokenizer
 from distill_jobs.worker_process import OnProgress
+from registry.adapter import folders_of
 from registry.digest import bytes_of
 
 Engine = Callable[[dict[str, Any], EngineConfig, OnProgress | None], dict[str, Any]]
@@ -72,6 +74,7 @@ def run(
         with locked(where[name]):
             _measure(config, subjects.models[name], dataset, where, name, engine, on_progress)
     measured = _measured(config, where, dataset)
+    measured["quantized"] = _verified(config, subjects, where, measured["quantized"])
     return _result(config, subjects, measured, dataset, folder)
 
 
@@ -160,6 +163,24 @@ def _measured(
     return found
 
 
+def _verified(
+    config: EvaluateConfig, subjects: Subjects, where: dict[str, Path], measured: Measured
+) -> Measured:
+    """The artifact's measurements with what its file says offline; one that is served otherwise than it was
+    written, or broken in the writing, is refused. Raises: QuantizationError.
+    """
+    student, artifact = subjects.models["student"], subjects.models["quantized"]
+    if quantization_of(folders_of(artifact)[0]) is None:
+        return measured
+    at = where["quantized"]
+    found = verify_served(
+        student, artifact, where["student"], at, at / "offline", config.engine.kv_cache_dtype
+    )
+    found.check(str(artifact))
+    figures = {"offline_perplexity": found.offline_perplexity, "served_gap": found.served_gap}
+    return replace(measured, figures=measured.figures | figures)
+
+
 def _result(
     config: EvaluateConfig,
     subjects: Subjects,
@@ -218,13 +239,16 @@ def _write_requests(file: Path, measured: dict[str, Measured], dataset: list[dic
 
 
 def _sizes(subjects: Subjects) -> dict[str, float | None]:
-    """Bytes on disk and parameters; a packed artifact has its student's parameters."""
+    """Bytes on disk and parameters, of an adapter with its base's; a packed artifact has its student's
+    parameters.
+    """
     sizes: dict[str, float | None] = {}
-    for name, model in subjects.models.items():
+    parts = {name: folders_of(model) for name, model in subjects.models.items()}
+    for name, folders in parts.items():
         if name != "champion":
-            like = subjects.models["student"] if name == "quantized" else model
-            sizes[f"{name}.params"] = float(params_of(like))
-        sizes[f"{name}.bytes"] = float(bytes_of(model))
+            like = parts["student"] if name == "quantized" else folders
+            sizes[f"{name}.params"] = float(sum(params_of(part) for part in like))
+        sizes[f"{name}.bytes"] = float(sum(bytes_of(part) for part in folders))
     return sizes
 
 

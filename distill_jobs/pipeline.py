@@ -28,6 +28,7 @@ from distill_jobs.progress import Listener, Progress
 from distill_jobs.stage import ORDER, Job, Result, Work, locked, read_manifest
 from distill_jobs.teaching.ask import ApiVoice, EngineVoice, Voice
 from distill_jobs.tokens import ChatTokenizer
+from distill_jobs.training.method_config import LoraConfig
 from registry.digest import digest_file
 from registry.store import Registry
 
@@ -141,9 +142,7 @@ def _stages(
         "train": lambda at: train.run(
             config.train, done["teach"].output("train"), config.student, at, told, config.ray, trainer
         ),
-        "quantize": lambda at: quantize.run(
-            config.quantize, done["train"].output("student"), splits(), at, told
-        ),
+        "quantize": lambda at: _quantize(config, done["train"].output("student"), splits(), at, told),
         "evaluate": lambda at: evaluate.run(config.evaluate, _subjects(config, inputs, done), at, told),
         "publish": lambda at: publish.run(config, inputs.teacher_digest, done, report, registry, at),
     }
@@ -151,13 +150,32 @@ def _stages(
         if name == "publish":
             held_against = inputs.champion.ref if inputs.champion is not None else None
             report = gate.check(
-                config.gates, done["evaluate"], at / "gates.json", override_gate, held_against
+                config.gates,
+                done["evaluate"],
+                at / "gates.json",
+                override_gate,
+                held_against,
+                done["train"].output("student"),
             )
         parents = {parent: done[parent] for parent in parents_of(config, name)}
         done[name] = job.stage(name, settings(config, inputs, name), parents, work[name])
         if name == job.only:
             break
     return PipelineResult(done["publish"].notes["ref"] if "publish" in done else None, done, report)
+
+
+def _quantize(
+    config: DistillConfig, student: Path, splits: dict[str, Path], folder: Path, progress: Progress
+) -> Result:
+    if (lora := adapter_of(config)) is not None:
+        from distill_jobs import adapters
+
+        return adapters.run(lora, student, folder)
+    if config.train.fake_quant is None:
+        return quantize.run(config.quantize, student, splits, folder, progress)
+    from distill_jobs.training.packed import run
+
+    return run(config.train.fake_quant, student, folder)
 
 
 def _augment(
@@ -190,6 +208,11 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
     """A stage's resolved configuration: its section, and the digests of what it reads beside its parents."""
     if name == "train":
         return train.train_key(config.train, config.student)
+    lora = adapter_of(config)
+    if name == "quantize" and lora is not None:
+        return {"adapter_on": model_digest(lora.served_base or config.student)}
+    if name == "quantize" and config.train.fake_quant is not None:
+        return {"fake_quant": config.train.fake_quant.model_dump(mode="json")}
     own: dict[str, object] = {}
     if name == "collect":
         own["window"] = [s.digest for s in inputs.window]
@@ -212,6 +235,12 @@ def settings(config: DistillConfig, inputs: Inputs, name: str) -> dict[str, obje
             own["champion"] = inputs.champion.record.artifact.digest
             own["champion_stored"] = _stored(config, inputs)
     return key_config(getattr(config, name)) | own
+
+
+def adapter_of(config: DistillConfig) -> LoraConfig | None:
+    """Set when the student stays an adapter, which is served beside its base and not quantized."""
+    lora = config.train.lora
+    return lora if lora is not None and lora.export == "adapter" else None
 
 
 def _held_out(config: DistillConfig, inputs: Inputs) -> list[str]:

@@ -21,6 +21,7 @@ from distill_jobs.publishing.card import render
 from distill_jobs.publishing.facts import gather
 from distill_jobs.stage import Result
 from distill_jobs.tracking.state import tracking_run
+from registry.adapter import is_adapter, read_adapter
 from registry.store import Registry
 
 CARD = "MODEL_CARD.md"
@@ -63,7 +64,7 @@ def make_record(
 ) -> ModelRecord:
     """The record of the quantized artifact, with everything it came from."""
     quantized, evaluated, collected = manifests["quantize"], manifests["evaluate"], manifests["collect"]
-    artifact = quantized.outputs["artifact"]
+    artifact, folder = quantized.outputs["artifact"], quantized.output("artifact")
     return ModelRecord(
         name=job.publish.name,
         artifact=Artifact(
@@ -72,6 +73,7 @@ def make_record(
             precision=quantized.notes["format"],
             bytes=artifact.bytes,
             params=int(evaluated.metrics["quantized.params"] or 0),
+            adapter=read_adapter(folder) if is_adapter(folder) else None,
         ),
         evaluation=EvalReport(
             metrics=evaluated.metrics,

@@ -20,10 +20,13 @@ _ATTEMPTS = 3
 
 
 @contextmanager
-def ray_session(address: str = "auto", cpus: int = 1) -> Iterator[None]:
+def ray_session(
+    address: str = "auto", cpus: int = 1, resources: dict[str, float] | None = None
+) -> Iterator[None]:
     """Connect, and leave Ray as it was found. "auto": the running cluster if any; "local": one of its own.
 
-    A local Ray gets at least `cpus` CPUs, so that workers that were asked for also fit on a small machine.
+    A local Ray gets at least `cpus` CPUs and these resources, so that workers that were asked for also fit on
+    a small machine.
     """
     import ray
 
@@ -31,21 +34,21 @@ def ray_session(address: str = "auto", cpus: int = 1) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
-        _connect(address, cpus)
+        _connect(address, cpus, resources or {})
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _connect(address: str, cpus: int) -> None:
+def _connect(address: str, cpus: int, resources: dict[str, float]) -> None:
     """Join or start Ray. Raises: StillhouseError when it does not come up."""
     import ray
 
     handlers = _handlers()
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _init(address, cpus)
+            _init(address, cpus, resources)
             break
         except Exception as err:  # Ray raises bare Exception when a part of it does not come up in time
             ray.shutdown()
@@ -57,7 +60,7 @@ def _connect(address: str, cpus: int) -> None:
     _restore(handlers)
 
 
-def _init(address: str, cpus: int) -> None:
+def _init(address: str, cpus: int, resources: dict[str, float]) -> None:
     import ray
 
     options: dict[str, Any] = {
@@ -67,7 +70,7 @@ def _init(address: str, cpus: int) -> None:
     }
     if address == "local" or not _joined(address, options):
         room = max(cpus, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=room, include_dashboard=False, **options)
+        ray.init(address="local", num_cpus=room, resources=resources, include_dashboard=False, **options)
 
 
 def _joined(address: str, options: dict[str, Any]) -> bool:

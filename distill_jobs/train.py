@@ -14,6 +14,7 @@ from contracts.errors import TrainingError
 from distill_jobs.keys import key_config, model_digest, output_file
 from distill_jobs.progress import Progress
 from distill_jobs.ray_session import ray_session
+from distill_jobs.shrink.config import DENSE, ShrinkConfig
 from distill_jobs.stage import Result
 from distill_jobs.training.config import TrainConfig
 
@@ -76,22 +77,46 @@ def run(
         models = tuple(m.model_copy(update={"model": _absolute(m.model)}) for m in config.teacher.models)
         config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"models": models})})
 
+    notes: dict[str, str] = {}
+    start = _absolute(base_model)
+    if config.shrink is not None:
+        start = str((folder / "start").resolve())
+        notes = _shrunken(config, config.shrink, _absolute(base_model), data, Path(start), progress)
+
     def on_progress(metrics: dict[str, float]) -> None:
         if "validation_loss" not in metrics:  # of an earlier step, validated aside
             progress.update(int(metrics["step"]), int(metrics["steps"]), "steps")
 
     # One CPU more than the workers take, for Ray Train's own controller.
     with (
-        ray_session(ray_address, cpus=int(config.workers * config.cpus_per_worker) + 1)
+        ray_session(
+            ray_address,
+            cpus=int(config.workers * config.cpus_per_worker) + 1,
+            resources=config.ray_resources,
+        )
         if real
         else nullcontext()
     ):
-        result = trainer(config, data, _absolute(base_model), folder / "student", on_progress)
+        result = trainer(config, data, start, folder / "student", on_progress)
     left = Path(result.checkpoint_dir)
     if not any((left / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise TrainingError(f"Training ended without a checkpoint in {result.checkpoint_dir}.")
     metrics: dict[str, float | None] = {k: float(v) for k, v in result.metrics.items()}
-    return Result({"student": output_file(Path(result.checkpoint_dir))}, metrics=metrics)
+    return Result({"student": output_file(Path(result.checkpoint_dir))}, metrics=metrics, notes=notes)
+
+
+def _shrunken(
+    config: TrainConfig, shrink: ShrinkConfig, base: str, data: Path, start: Path, progress: Progress
+) -> dict[str, str]:
+    """Build the checkpoint that training starts from; what the manifest says of it."""
+    from distill_jobs.shrink.student import build_folder
+
+    progress.update(0, 1, "measuring what to cut")
+    report = build_folder(base, shrink, data, config.max_length, start)
+    notes = {"start": f"{report['params']:,} of {report['params_before']:,} parameters of {base}"}
+    if shrink.sparsify is not None:
+        notes["sparsity"] = f"{report['zeros']:.1%} of the blocks' weights are zero; {DENSE}"
+    return notes
 
 
 def _absolute(model: str) -> str:

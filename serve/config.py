@@ -9,22 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from contracts.cascade import CascadeFields
 from contracts.config import StrictConfig, load_config
 from contracts.errors import ConfigError
-from contracts.grading import GraderSet, PrometheusConfig
+from contracts.grading import GraderSet, Mode, PrometheusConfig
+from contracts.logs import LogConfig
+from contracts.price import Price
 from contracts.routes import RouteFields, RouteSettings, Shadow, ShadowFields
-from contracts.traffic import NAME, Upstream
+from contracts.traffic import NAME, Cascade, Upstream
+from serve import placement
 from serve.engine.config import EngineOptions
+from serve.placement import Placement, Reservation, Resources
 from serve.rollout.policy import RolloutPolicy
-from serve.rollout.report.price import Price
 from serve.router.config import RequestLogConfig, RouterConfig
 
 CONFIG_ENV = "STILLHOUSE_CONFIG"
 SEARCHED = ("stillhouse.yaml", "configs/stillhouse.yaml")
+_PLACES = {"prices": "upstreams.<name>.cost", "student_price": "students.cost"}
 
 
 class HttpSection(StrictConfig):
@@ -44,6 +49,18 @@ class AdminSection(StrictConfig):
     port: int = Field(ge=1, le=65535)
 
 
+class NodeSection(StrictConfig):
+    """A further node of our own Ray on this machine: a raylet of its own, as a cluster's worker pod is."""
+
+    num_cpus: int = Field(default=16, ge=1)
+    """Its logical CPUs."""
+    num_gpus: int = Field(default=0, ge=0)
+    """GPUs of this machine that Ray may hand out there."""
+    resources: Resources = Field(default_factory=dict)
+    """What it has of the resources that placements name, e.g. {students: 4}: on a cluster, what the worker
+    group of the same purpose says in its `rayStartParams.resources`."""
+
+
 class RaySection(StrictConfig):
     """The Ray that runs everything. One of our own by default, an existing cluster by `address`."""
 
@@ -53,6 +70,10 @@ class RaySection(StrictConfig):
     """Logical CPUs of our own Ray: a weight that engines, routers and training share, not cores."""
     num_gpus: int | None = Field(default=None, ge=0)
     """GPUs of our own Ray; None: those it finds."""
+    resources: Resources = Field(default_factory=dict)
+    """What the first node of our own Ray has of the resources that placements name, e.g. {routers: 1}."""
+    nodes: dict[Annotated[str, Field(pattern=placement.NAME)], NodeSection] = Field(default_factory=dict)
+    """Further nodes of our own Ray by name: a cluster on one machine. One that dies is started again."""
     object_store_mb: int = Field(default=256, ge=80)
     temp_dir: Path | None = None
     """Short folder for Ray's sockets; default /tmp/sh-<digest of run_dir> (socket paths end at 107 bytes)."""
@@ -67,12 +88,24 @@ class EngineSection(EngineOptions):
     """Folder of a checkpoint, or a Hugging Face id."""
 
 
+class CascadeSection(CascadeFields):
+    """Two declared upstreams: a cheap one is asked first, the other when it is unsure."""
+
+    first: str
+    """Name of a declared upstream, usually a student."""
+    then: str
+    """Name of a declared upstream, usually the teacher."""
+
+
 class UpstreamSection(StrictConfig):
-    """A declared upstream: an engine of ours, or any OpenAI-compatible URL. Exactly one of the two."""
+    """A declared upstream: an engine of ours, any OpenAI-compatible URL, or a cascade of two others. Exactly
+    one of the three."""
 
     engine: EngineSection | None = None
     url: str | None = None
     """e.g. https://api.example.com/v1"""
+    cascade: CascadeSection | None = None
+    """Who is asked first, who then, and when; see docs/guides/cascade.md."""
     model: str | None = None
     """Model name the upstream expects; needed with a url, defaults to the upstream's name with an engine."""
     api_key_env: str | None = None
@@ -83,8 +116,15 @@ class UpstreamSection(StrictConfig):
 
     @model_validator(mode="after")
     def _one_kind(self) -> UpstreamSection:
-        if (self.engine is None) == (self.url is None):
-            raise ValueError("give exactly one of 'engine' (we run it) and 'url' (somebody else does)")
+        if [self.engine, self.url, self.cascade].count(None) != 2:
+            raise ValueError(
+                "give exactly one of 'engine' (we run it), 'url' (somebody else does) and 'cascade' (of two "
+                "others)"
+            )
+        if self.cascade is not None and (self.model or self.api_key_env or self.cost):
+            raise ValueError(
+                "'model', 'api_key_env' and 'cost' belong to the upstreams of a cascade, not to it"
+            )
         if self.url is not None and self.model is None:
             raise ValueError("'url' needs 'model': the model name to send there")
         return self
@@ -125,26 +165,21 @@ class StudentsSection(EngineOptions):
     cost: Price | None = None
     """As of an upstream; usually `{per_hour}`, of all replicas of one student together."""
 
-    def options(self) -> EngineOptions:
-        """What an engine is started with."""
-        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
 
-
-class RouterSection(RouterConfig):
-    """The routers: everything of RouterConfig, and how many."""
+class RouterSection(RouterConfig, Placement):
+    """The routers: everything of RouterConfig, how many, and where they run."""
 
     state_url: str = ""
     """Leave it out: the stack's own state_url is used."""
     replicas: int = Field(default=2, ge=1)
     """Router processes."""
-    num_cpus: float = Field(default=0.1, ge=0)
-    """What Ray reserves for each."""
 
-    @field_validator("state_url", "graders", "upstreams")
+    @field_validator("state_url", "graders", "upstreams", "logging", "prices", "student_price")
     @classmethod
     def _not_here(cls, value: Any, info: ValidationInfo) -> Any:
-        if value:
-            raise ValueError(f"set {info.field_name} at the top level of the file; the router uses that one")
+        if value and value != LogConfig():
+            place = _PLACES.get(str(info.field_name), f"{info.field_name} at the top level of the file")
+            raise ValueError(f"set {place}; the router uses that one")
         return value
 
 
@@ -168,8 +203,12 @@ class ServeConfig(GraderSet):
     """Route (the model name clients ask for) → the upstream that answers before any rollout, and settings."""
     prometheus: PrometheusConfig | None = None
     """Where metrics of kind `query` are asked; None: a policy cannot have any."""
+    logging: LogConfig = LogConfig()
+    """How all processes of the stack log: format, level, slow requests."""
     policies: dict[str, RolloutPolicy] = Field(default_factory=dict)
     """Rollout policies by name; 'default' is used when none is named."""
+    controller: Reservation = Reservation()
+    """Where the rollout controller runs."""
     students: StudentsSection = StudentsSection()
     """Engine options of the students that rollouts deploy, and their cost."""
     start_timeout_s: float = Field(default=900.0, gt=0)
@@ -205,6 +244,54 @@ class ServeConfig(GraderSet):
                 raise ValueError(f"graders.{name}.routes: there is no route {missing[0]!r}")
         return self
 
+    @model_validator(mode="after")
+    def _cascades_fit(self) -> ServeConfig:
+        for name, section in self.upstreams.items():
+            cascade = section.cascade
+            if cascade is None:
+                continue
+            for field in ("first", "then"):
+                part = getattr(cascade, field)
+                plain = sorted(n for n, u in self.upstreams.items() if u.cascade is None)
+                if part not in plain:
+                    raise ValueError(
+                        f"upstreams.{name}.cascade.{field}: {part!r} is no plain upstream; "
+                        f"there are: {', '.join(plain) or 'none'}"
+                    )
+            if cascade.first == cascade.then:
+                raise ValueError(f"upstreams.{name}.cascade.then: must be another upstream than 'first'")
+            if cascade.grader is not None:
+                self._grades_answers(cascade.grader, f"upstreams.{name}.cascade.grader")
+        return self
+
+    def _grades_answers(self, grader: str, field: str) -> None:
+        single = sorted(n for n, g in self.graders.items() if g.mode is Mode.SCORE)
+        if grader not in single:
+            known = ", ".join(single) or "none"
+            raise ValueError(f"{field}: there is no grader of single answers {grader!r}; there are: {known}")
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> ServeConfig:
+        ray = self.ray
+        if ray.address is not None:
+            if ray.nodes or ray.resources:
+                raise ValueError("ray.nodes and ray.resources are of our own Ray; not with ray.address")
+            return self
+        offered = {*ray.resources, *(name for node in ray.nodes.values() for name in node.resources)}
+        for field, wanted in self._reservations().items():
+            if missing := sorted(set(wanted.resources) - offered):
+                raise ValueError(
+                    f"{field}.resources: no node has {missing[0]!r}; give it to one by ray.resources or "
+                    "ray.nodes.NAME.resources"
+                )
+        return self
+
+    def _reservations(self) -> dict[str, Reservation]:
+        """Field → what each replica of it takes from its node."""
+        engines = {f"upstreams.{name}.engine": section.engine for name, section in self.upstreams.items()}
+        ours: dict[str, Reservation] = {f: engine for f, engine in engines.items() if engine is not None}
+        return {"router": self.router, "controller": self.controller, "students": self.students, **ours}
+
     def route_settings(self, route: str) -> RouteSettings | None:
         """The settings the file gives a route, None when it only names its upstream."""
         section = self.routes[route]
@@ -237,6 +324,13 @@ class ServeConfig(GraderSet):
             return Upstream(
                 name=name, model=section.model or name, url=section.url, api_key_env=section.api_key_env
             )
+        if section.cascade is not None:
+            asked = {
+                "first": self.upstream(section.cascade.first),
+                "then": self.upstream(section.cascade.then),
+            }
+            fields = {f: getattr(section.cascade, f) for f in CascadeFields.model_fields}
+            return Upstream(name=name, model=name, cascade=Cascade(**fields, **asked))
         return Upstream(name=name, model=section.model or name, app=f"upstream-{name}")
 
     def upstream_nouns(self) -> list[Upstream]:
@@ -249,7 +343,10 @@ class ServeConfig(GraderSet):
         fields["state_url"] = self.state_url
         fields["routes"] = self.router.routes or tuple(self.routes)
         fields["graders"] = self.graders
+        fields["logging"] = self.logging
         fields["upstreams"] = {name: self.upstream(name) for name in self.upstreams_named()}
+        fields["prices"] = {name: u.cost for name, u in self.upstreams.items() if u.cost is not None}
+        fields["student_price"] = self.students.cost
         fields["log"] = self.router.log or RequestLogConfig(dir=str(self.run_dir / "requests"))
         return RouterConfig(**fields)
 

@@ -91,8 +91,13 @@ class TickWorld:
 
 
 def build(folder: Path, rollouts: int = 1000) -> TickWorld:
-    """A world whose rollouts have all begun their first step at 10 %."""
-    engine = open_state(f"sqlite:///{folder}/state.db")
+    """A world on SQLite whose rollouts have all begun their first step at 10 %."""
+    return build_in(f"sqlite:///{folder}/state.db", rollouts)
+
+
+def build_in(state_url: str, rollouts: int) -> TickWorld:
+    """The same in any state store."""
+    engine = open_state(state_url)
     state, traffic, clock = RolloutState(engine), TrafficState(engine), Clock()
     policy = RolloutPolicy(
         steps=(Step(weight=0.1, min_samples=10**9),),

@@ -1,9 +1,9 @@
 """`make bench BENCH=recipes`: every recipe of configs/recipes on the demo task, as a table with intervals.
 
 All recipes get the same student, rows and optimizer steps; each is run with several seeds, two processes at a
-time. Labels alone, and rationales beside fewer labels, are trained longer, too, and so is, on more rows, the
-best recipe that is not dear, which is compared with the teacher. A stopped run goes on in its folder.
-Knows nothing of how a recipe trains.
+time. Labels alone and rationales beside fewer labels, the student's own answers with and without replay are
+trained longer, too, and so is, on more rows, the best recipe with a cached teacher, against the teacher. A
+stopped run goes on in its folder. Knows nothing of how a recipe trains.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ from benchmarks.recipes.job import (
     teacher_result,
     trainer_of,
 )
+from benchmarks.recipes.table import EXPLAINED, LABEL_ONLY, ON_POLICY, REPLAY
 from benchmarks.results import write
 from contracts.errors import StillhouseError
 from distill_jobs.training.recipes import recipe_names
 
 ROWS, STEPS, HELD_OUT = 2400, 120, 400
-BEST_ROWS, BEST_STEPS = 6000, 1500
+BEST_ROWS, BEST_STEPS = 12_000, 3000
 RATIONALE_SHARE = 0.8
-LABEL_ONLY, EXPLAINED = "sequence_level", "rationale"
-EXPLAINED_ROWS, EXPLAINED_STEPS = 4000, 800
-"""Labels alone and rationales are compared where both have converged."""
+OWN_SEEDS = 4
+"""Of the student's own answers in the table: after so few steps seeds differ most there."""
+LONG_ROWS, LONG_STEPS = 4000, 800
+"""Labels alone and rationales, own answers with and without replay are compared where all have converged."""
 ANSWERING = 0.03  # seconds a held-out request, of a student
 LIVE, INSIDE, OWN, ANEW = 1.7, 2.5, 4.0, 6.0
 """Costs of a step against the plain one: a live teacher, its inside, the student's answers, the teacher's."""
-DEAR = 2.0  # the recipe that is trained longer is the best of those whose step costs at most so much
+DEAR = 1.0  # the recipe that is trained longer is the best of those whose step costs at most so much
 
 
 def main() -> int:
@@ -77,14 +79,18 @@ def _run(args: argparse.Namespace) -> int:
     # This reads every recipe: a wrong one is seen before anything is trained.
     of = {name: fewer if explains(name) else rows for name in names}
     jobs = [Job(name, seed, steps, of[name], held_out) for seed in range(args.seeds) for name in names]
-    long_rows, long_steps = (round(args.budget * one) for one in (EXPLAINED_ROWS, EXPLAINED_STEPS))
-    of_long = {LABEL_ONLY: long_rows, EXPLAINED: round(RATIONALE_SHARE * long_rows)}
+    long_rows, long_steps = (round(args.budget * one) for one in (LONG_ROWS, LONG_STEPS))
+    of_long = dict.fromkeys((LABEL_ONLY, EXPLAINED, ON_POLICY, REPLAY), long_rows)
+    of_long[EXPLAINED] = round(RATIONALE_SHARE * long_rows)
     data.make(folder, max(best_rows, rows), held_out, [fewer, of_long[EXPLAINED]])
     longer_seeds = [] if args.only else list(range(args.seeds))
-    pair = [Job(name, seed, long_steps, n, held_out) for seed in longer_seeds for name, n in of_long.items()]
-    print(_estimate([*jobs, *pair], folder, args.processes, best_steps * len(longer_seeds)), flush=True)
+    if not args.only:
+        more = range(args.seeds, max(args.seeds, OWN_SEEDS))
+        jobs += [Job(name, seed, steps, of[name], held_out) for seed in more for name in (ON_POLICY, REPLAY)]
+    long = [Job(name, seed, long_steps, n, held_out) for seed in longer_seeds for name, n in of_long.items()]
+    print(_estimate([*jobs, *long], folder, args.processes, best_steps * len(longer_seeds)), flush=True)
     teacher = teacher_result(folder, held_out)
-    results = _all([*jobs, *pair], folder, args.processes)
+    results = _all([*jobs, *long], folder, args.processes)
     lines = table.lines(results[: len(jobs)], teacher)
     print(table.shown(lines, teacher))
     if args.only:
@@ -95,9 +101,9 @@ def _run(args: argparse.Namespace) -> int:
         *table.lines(_all(best, folder, args.processes), teacher),
         *table.lines(results[len(jobs) :], teacher),
     ]
+    bars = table.bars(longer[0], {line["recipe"]: line for line in longer[1:]})
     for line in longer:
         line["recipe"] += ", trained longer"
-    bars = table.bars(lines, longer, (LABEL_ONLY, EXPLAINED))
     print(table.shown(longer, teacher))
     for bar in bars:
         print(f"{'ok  ' if bar.ok else 'MISS'} {bar.what}: {bar.value:.4g} (bar {bar.bar})")

@@ -88,8 +88,9 @@ def explains(recipe: str) -> bool:
 
 
 def result_file(job: Job, folder: Path) -> Path:
-    """Where the job's result is kept: another recipe of the same name has another file."""
-    digest = sha256_of(configure(job).model_dump(mode="json"))[:8]
+    """Where the job's result is kept: another recipe of the same name has another file. What is left at its
+    default does not count: a setting that is new changes no result that was there before it."""
+    digest = sha256_of(configure(job).model_dump(mode="json", exclude_defaults=True))[:8]
     return folder / "results" / f"{job.name}-{job.held_out}-{digest}.json"
 
 

@@ -12,6 +12,9 @@ import numpy as np
 from benchmarks.results import Bar, at_least
 
 DRAWS = 2000
+LABEL_ONLY, EXPLAINED = "sequence_level", "rationale"
+ON_POLICY, REPLAY = "on_policy", "replay"
+"""The recipes that are compared with each other."""
 
 
 def interval(right: np.ndarray) -> tuple[float, float]:
@@ -60,25 +63,28 @@ def _line(name: str, of: list[dict[str, Any]], teacher: dict[str, Any]) -> dict[
 def shown(made: list[dict[str, Any]], teacher: dict[str, Any]) -> str:
     """The table as text."""
     head = (
-        f"{'recipe':<22} {'accuracy':>8} {'95 % interval':>16} {'of teacher':>10} {'KL':>8} {'train s':>8}"
-        f" {'gen':>5}"
+        f"{'recipe':<32} {'accuracy':>8} {'95 % interval':>16} {'of teacher':>10} {'KL':>8} {'train s':>8}"
+        f" {'gen':>5} {'seeds':>5}"
     )
     rows = [
-        f"{one['recipe']:<22} {one['accuracy']:>8.3f}"
+        f"{one['recipe']:<32} {one['accuracy']:>8.3f}"
         f" {'{:.3f} to {:.3f}'.format(*one['accuracy_interval']):>16} {one['of_teacher']:>10.3f}"
         f" {one['kl']:>8.4f} {one['seconds']:>8.1f} {one['generation_share']:>5.0%}"
+        f" {one['seeds']:>5}"
         for one in made
     ]
-    return "\n".join([head, *rows, f"{'(teacher)':<22} {np.mean(teacher['right']):>8.3f}"])
+    return "\n".join([head, *rows, f"{'(teacher)':<32} {np.mean(teacher['right']):>8.3f}"])
 
 
-def bars(made: list[dict[str, Any]], longer: list[dict[str, Any]], pair: tuple[str, str]) -> list[Bar]:
-    """What the issue promises of the table. `longer`: the best recipe's line, then those of `pair` (labels
-    alone, and rationales beside fewer labels)."""
-    of = {one["recipe"]: one for one in made}
-    after = {one["recipe"]: one for one in longer[1:]}
-    label, why = (after[f"{name}, trained longer"] for name in pair)
-    best, own, replay = longer[0], of["on_policy"], of["replay"]
+def bars(best: dict[str, Any], longer: dict[str, dict[str, Any]]) -> list[Bar]:
+    """What the issue promises of the table.
+
+    Args:
+        best: the line of the best recipe, trained longest.
+        longer: the lines of those that are compared with each other, by their recipe's name.
+    """
+    label, why = longer[LABEL_ONLY], longer[EXPLAINED]
+    own, replay = longer[ON_POLICY], longer[REPLAY]
     worse = own["accuracy"] - replay["accuracy"]
     speed = own["second_half_seconds"] / replay["second_half_seconds"]
     return [

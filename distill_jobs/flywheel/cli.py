@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import logging
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from contracts import logs
 from contracts.config import load_config
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(
     """Watch, until SIGTERM or Ctrl-C. Runs at work then end softly, and go on when it is started again."""
     from distill_jobs.flywheel.daemon import Daemon
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logs.start(logs.LogConfig(), "flywheel")
     Daemon(_read(config_path)).run()
 
 

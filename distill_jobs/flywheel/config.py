@@ -139,6 +139,8 @@ class PressureConfig(StrictConfig):
     latency_metric: str = "stillhouse_ttft_seconds"
     """Histogram whose p99 between two looks is bounded."""
     p99_s: float | None = Field(default=None, gt=0)
+    """Give an edge of the histogram, because a p99 is known by the upper edge of its bucket alone; the
+    router's are 0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 1, 2, 3, 6, 15 and 60."""
     min_requests: int = Field(default=20, ge=1)
     """Fewer requests between two looks have no p99."""
     queue_metric: str = "stillhouse_in_flight"

@@ -11,6 +11,7 @@ from distill_jobs.flywheel.admit import State
 from distill_jobs.flywheel.config import FlywheelConfig
 from distill_jobs.flywheel.pressure import Pressure
 from distill_jobs.flywheel.store import Store
+from distill_jobs.flywheel.work_metrics import WorkMetrics
 
 TEXTFILE = "flywheel.prom"
 
@@ -22,6 +23,7 @@ class FlywheelMetrics:
         self._config = config
         self._store = store
         self._registry = reg = CollectorRegistry()
+        self._work = WorkMetrics(reg)
         run = ["route", "state"]
         self._runs = Gauge(
             "stillhouse_flywheel_runs", "Runs by state, ended ones included.", run, registry=reg
@@ -54,6 +56,18 @@ class FlywheelMetrics:
             "Teacher tokens of all runs in 24 hours.",
             registry=reg,
         )
+        self._age = Gauge(
+            "stillhouse_flywheel_run_age_seconds",
+            "Time since the route's active run was queued; 0 without one.",
+            route,
+            registry=reg,
+        )
+        self._budget = Gauge(
+            "stillhouse_flywheel_budget",
+            "What all runs may take in 24 hours (hours, teacher_tokens); no series where no bound is set.",
+            ["resource"],
+            registry=reg,
+        )
         self._beats = Counter("stillhouse_flywheel_ticks", "Ticks of this daemon.", registry=reg)
 
     def serve(self) -> None:
@@ -72,9 +86,19 @@ class FlywheelMetrics:
             self._failures.labels(name).set(route.failures)
             for look in route.watch.last:
                 self._looks.labels(name, look.kind).set(look.value)
+            active = self._store.active_of(name)
+            self._age.labels(name).set(0.0 if active is None else max(0.0, now - active.queued_at))
+        budget = self._config.budget
+        for resource, bound in (
+            ("hours", budget.hours_per_day),
+            ("teacher_tokens", budget.teacher_tokens_per_day),
+        ):
+            if bound is not None:
+                self._budget.labels(resource).set(bound)
         spent = self._store.spent(now)
         self._pressure.set(pressure.active)
         self._hours.set(spent.seconds / 3600)
         self._tokens.set(spent.tokens)
         self._beats.inc()
+        self._work.write(self._store)
         write_to_textfile(str(self._config.dir / TEXTFILE), self._registry)

@@ -162,9 +162,15 @@ def _serving(facts: Facts) -> list[str]:
         "Put it before users step by step; it is rolled back when it is shown to be worse:",
         f"```sh\nstillhouse rollout plan {route} {ref}     # how long it would take\n"
         f"stillhouse rollout start {route} {ref}\n```",
-        f"The files alone: `stillhouse models download {ref} FOLDER`, then `vllm serve FOLDER`. "
+        f"The files alone: `stillhouse models download {ref} FOLDER`, then `{_alone(facts)}`. "
         f"`stillhouse models card {name}` shows this card; the version it belongs to is the registry's.",
     ]
+
+
+def _alone(facts: Facts) -> str:
+    if facts.record.artifact.adapter is None:
+        return "vllm serve FOLDER"
+    return f"vllm serve BASE --enable-lora --lora-modules {facts.record.name}=FOLDER"
 
 
 def _config_block(facts: Facts) -> str:

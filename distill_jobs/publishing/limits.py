@@ -27,6 +27,7 @@ def limitations(facts: Facts) -> list[str]:
         *_sample(facts),
         *_against_teacher(facts),
         *_classes(facts),
+        *_stored(facts),
         *_traffic(facts),
         *_always(facts),
     ]
@@ -90,6 +91,15 @@ def _classes(facts: Facts) -> Iterator[str]:
         if weak:
             named = [f"{c['class']} ({c['f1']:.2f})" for c in weak]
             yield f"Weak classes (F1 more than {_WEAK:g} below the mean of {mean:.2f}): {_listed(named)}."
+
+
+def _stored(facts: Facts) -> Iterator[str]:
+    """What its stages noted of how its weights lie in the file."""
+    for stage, note in (("train", "sparsity"), ("quantize", "container")):
+        manifest = facts.manifests.get(stage)
+        if manifest is not None and note in manifest.notes:
+            said = manifest.notes[note]
+            yield said[0].upper() + said[1:] + "."
 
 
 def _traffic(facts: Facts) -> Iterator[str]:

@@ -62,14 +62,37 @@ def _training(facts: Facts) -> str:
     how = f"{optimizer.get('kind', 'an optimizer')} (learning rate {optimizer.get('lr', '?')})"
     lora = " with LoRA adapters" if train.get("lora") else ""
     return (
-        f"**Training.** From `{facts.config.student}`{lora}: {' + '.join(parts)}; {how}, "
+        f"**Training.** From `{facts.config.student}`{_cut(facts, train)}{lora}: {' + '.join(parts)}; {how}, "
         f"{_number(train.get('epochs'))} epochs of batches of {train.get('batch_rows', '?')}{steps}, "
         f"seed {train.get('seed', '?')}."
     )
 
 
+def _cut(facts: Facts, train: dict[str, Any]) -> str:
+    """What was left out of the checkpoint that training started from."""
+    shrink = train.get("shrink") or {}
+    sizes = [f"{name} {size}" for name, size in shrink.items() if isinstance(size, int) and name != "rows"]
+    sparse = shrink.get("sparsify") or {}
+    said = [f"cut by importance to {', '.join(sizes)}"] if sizes else []
+    if sparse:
+        share = sparse.get("pattern") or f"{sparse.get('share', 0):.0%}"
+        said.append(f"pruned by {sparse.get('method')} ({share})")
+    return f", {' and '.join(said)}" if said else ""
+
+
 def _quantization(facts: Facts) -> str:
     config = _config(facts, "quantize")
+    if (adapter := facts.record.artifact.adapter) is not None:
+        return (
+            f"**Quantization.** None: an adapter of rank {adapter.rank}, served beside its base (digest"
+            f" `{adapter.digest[:12]}`), where it was measured."
+        )
+    if "fake_quant" in config:
+        grid = config["fake_quant"]
+        return (
+            f"**Quantization.** None after the training: it computed with weights of {grid['bits']} bits in"
+            f" groups of {grid['group_size']}, and the artifact holds just these."
+        )
     return (
         f"**Quantization.** {config.get('scheme', facts.record.artifact.precision)} by AWQ, groups of "
         f"{config.get('group_size', '?')}, calibrated on {config.get('samples', '?')} logged requests; "

@@ -13,14 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from contracts.errors import ConfigError, StillhouseError
-from distill_jobs.cli import as_interrupt
+from contracts.errors import ConfigError
+from distill_jobs.cli import as_interrupt, ending
 
 if TYPE_CHECKING:
     from distill_jobs.studies.config import StudyConfig
     from distill_jobs.studies.summary import Summary
-
-_INTERRUPTED = 130
 
 EPILOG = """A study file names a distillation job and what to vary:
 
@@ -49,19 +47,12 @@ def study(
     One knob at a time around a distillation job, and nested shares of its training rows.
     """
     console = Console(stderr=True, highlight=False)
-    try:
+    with ending(console):
         config = _read(config_path, folder)
         if dry_run:
             _print_trials(console, config)
             return
         _run(console, config)
-    except KeyboardInterrupt:
-        console.print("\nStopped. Run the same command again to go on from here.")
-        raise typer.Exit(_INTERRUPTED) from None
-    except StillhouseError as err:
-        console.print(f"[red]{type(err).__name__}[/red]: ", end="")
-        console.print(str(err), markup=False)
-        raise typer.Exit(1) from None
 
 
 def _read(path: Path, folder: Path | None) -> StudyConfig:

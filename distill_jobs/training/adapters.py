@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from contracts.model import AdapterBase
+from distill_jobs.keys import model_folder
 from distill_jobs.training.loop import writing
 from distill_jobs.training.method_config import LoraConfig
 from distill_jobs.training.models import save_model
+from registry.adapter import write_base
+from registry.digest import digest_folder
 
 
 def add_lora(model: Any, config: LoraConfig, base_model: str) -> Any:
@@ -63,15 +67,22 @@ def merged(model: Any) -> Any:
 
 
 def save_adapter(model: Any, tokenizer: str, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, in bf16, whole or not at all."""
+    """Write adapter_config.json and adapter_model.safetensors, in bf16, whole or not at all; beside them the
+    base's folder and digest."""
     from peft import get_peft_model_state_dict
 
     trained = get_peft_model_state_dict(model)
     state = {name: one.detach().to(torch.bfloat16).contiguous() for name, one in trained.items()}
     with writing(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
+        _say_base(model.peft_config["default"], temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)
             with file.open("rb") as written:
                 os.fsync(written.fileno())
+
+
+def _say_base(config: Any, folder: Path) -> None:
+    base = model_folder(str(config.base_model_name_or_path))
+    write_base(folder, AdapterBase(ref=str(base), digest=digest_folder(base), rank=int(config.r)))

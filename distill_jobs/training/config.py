@@ -3,13 +3,15 @@ from."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from contracts.config import StrictConfig
+from distill_jobs.shrink.config import ShrinkConfig
 from distill_jobs.training.method_config import (
     CurriculumConfig,
+    FakeQuantConfig,
     LiveTeacherConfig,
     LoraConfig,
     PrefixConfig,
@@ -118,6 +120,7 @@ class TrainConfig(StrictConfig):
             "workers",
             "threads",
             "cpus_per_worker",
+            "resources_per_worker",
             "checkpoint_steps",
             "log_steps",
             "max_failures",
@@ -176,6 +179,16 @@ class TrainConfig(StrictConfig):
     shape: ShapeConfig | None = Field(
         default=None, description="From scratch: the model to make; base_model is unused."
     )
+    shrink: ShrinkConfig | None = Field(
+        default=None,
+        description="Cut the checkpoint that training starts from to a smaller one: a student built from its"
+        " teacher, where that is the start. The training heals it.",
+    )
+    fake_quant: FakeQuantConfig | None = Field(
+        default=None,
+        description="Quantization-aware: train with the weights as they will be served, which then takes the"
+        " place of `quantize`.",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Compute activations again in the backward pass: less memory, a third slower.",
@@ -204,6 +217,11 @@ class TrainConfig(StrictConfig):
     threads: int = Field(default=1, ge=1, description="Intra-op threads of each worker.")
     use_gpu: bool = Field(default=False, description="One GPU a worker.")
     cpus_per_worker: float = Field(default=1.0, gt=0, description="Ray CPUs that each worker reserves.")
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Ray resources of the cluster's own naming that each worker reserves, e.g. {train: 1}: it"
+        " runs on nodes that have them. A Ray started for the job has what it asks for.",
+    )
     checkpoint_steps: int = Field(default=100, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept, besides the latest.")
     storage: str | None = Field(
@@ -211,6 +229,17 @@ class TrainConfig(StrictConfig):
     )
     log_steps: int = Field(default=10, ge=1, description="Optimizer steps between progress reports.")
     max_failures: int = Field(default=3, ge=0, description="Worker failures that Ray Train may recover from.")
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """All that Ray reserves for each worker."""
+        gpu = {"GPU": 1} if self.use_gpu else {}
+        return {"CPU": self.cpus_per_worker, **gpu, **self.resources_per_worker}
+
+    @property
+    def ray_resources(self) -> dict[str, float]:
+        """What a Ray that is started for this training must have of the resources that its workers name."""
+        return {name: amount * self.workers + 1 for name, amount in self.resources_per_worker.items()}
 
     @property
     def cached_teacher(self) -> bool:
@@ -241,6 +270,24 @@ class TrainConfig(StrictConfig):
             raise ValueError("prefix.student and lora need whole parameters; set train.parallel: ddp")
         if self.lora and self.lora.export == "adapter" and self.validate_steps:
             raise ValueError("validation loads whole checkpoints; set lora.export: merged")
+        return self
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        if self.shrink and self.shape:
+            raise ValueError("shrink cuts a checkpoint and shape makes a new model; set one of them")
+        if self.shrink and self.lora and self.lora.export == "adapter":
+            raise ValueError("shrink leaves a base that nobody serves; set lora.export: merged")
+        sparse = self.shrink is not None and self.shrink.sparsify is not None
+        for name, given in (("fake_quant", self.fake_quant is not None), ("shrink.sparsify", sparse)):
+            if given and self.lora:
+                raise ValueError(f"{name} is for whole weights, which adapters leave alone; leave lora out")
+            if given and self.parallel == "fsdp2":
+                raise ValueError(f"{name} needs whole parameters; set train.parallel: ddp")
+        if self.fake_quant and self.compile:
+            raise ValueError(
+                "fake_quant rounds in every block, which compile hides; set train.compile: false"
+            )
         return self
 
     @model_validator(mode="after")

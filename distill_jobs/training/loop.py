@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.errors import TrainingError
+from distill_jobs.shrink.blocks import masks
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.curriculum import CurriculumOrder, order_of, planned_steps
 from distill_jobs.training.data import MicroBatch, RowSource
@@ -71,6 +72,7 @@ class Trainer:
             torch.float32 if sharded else dtype,
             self.step.extra_parameters(),
             self.workers.add,
+            masks(self.model) if config.shrink and config.shrink.sparsify else {},
         )
         self.order = order_of(self.rows, config)
 

@@ -1,11 +1,12 @@
-"""What may stand beside the divergence: live teachers, extra terms, prefix sources, adapters, curriculum.
+"""What may stand beside the divergence: live teachers, extra terms, prefix sources, adapters, curriculum, the
+grid that weights are rounded to.
 
 Importable without torch. Knows nothing of how any of it is computed; `config.TrainConfig` puts it together.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -175,7 +176,7 @@ class PrefixConfig(StrictConfig):
         default=0.0,
         ge=0,
         lt=1,
-        description="Of the student's share, how much comes from its earlier answers (DistiLLM's buffer).",
+        description="Share of steps whose student rows are its earlier answers (DistiLLM's buffer).",
     )
     capacity: int = Field(default=1024, ge=1, description="Answers that the replay buffer holds.")
     temperature: float = Field(default=1.0, ge=0, description="Of sampling; 0 is greedy.")
@@ -226,6 +227,8 @@ def share_at(points: Shares, progress: float) -> float:
 class LoraConfig(StrictConfig):
     """Low-rank adapters instead of all weights (arXiv 2106.09685), through peft."""
 
+    OPERATIONAL: ClassVar[frozenset[str]] = frozenset({"served_base"})
+
     r: int = Field(default=16, ge=1, description="Rank.")
     alpha: float = Field(default=32.0, gt=0, description="The update is scaled by alpha / r.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="On the adapter's input.")
@@ -234,9 +237,20 @@ class LoraConfig(StrictConfig):
     )
     export: Literal["merged", "adapter"] = Field(
         default="merged",
-        description="merged: a plain checkpoint, which quantize needs. adapter: a peft folder, which vLLM"
+        description="merged: a plain checkpoint, which is then quantized. adapter: a peft folder, which vLLM"
         " serves beside the base.",
     )
+    served_base: str | None = Field(
+        default=None,
+        description="The base that will serve an exported adapter, where it is not the one trained on: e.g."
+        " its W4A16 file. The adapter is evaluated there.",
+    )
+
+    @model_validator(mode="after")
+    def _only_adapters_have_a_base(self) -> LoraConfig:
+        if self.served_base is not None and self.export != "adapter":
+            raise ValueError("served_base is for an adapter; set export: adapter")
+        return self
 
 
 class CurriculumConfig(StrictConfig):
@@ -244,3 +258,23 @@ class CurriculumConfig(StrictConfig):
 
     start: float = Field(default=0.2, gt=0, le=1, description="c(0), the share of rows open at the start.")
     full: float = Field(default=0.6, gt=0, le=1, description="Progress from which every row is open.")
+
+
+class FakeQuantConfig(StrictConfig):
+    """Quantization-aware training: the blocks' linear layers compute with weights rounded as they will be
+    served; gradients pass the rounding unchanged. The artifact holds exactly those values."""
+
+    bits: Literal[3, 4] = Field(
+        default=4,
+        description="Of a weight. 3: eight levels in a file of 4 bits, no smaller than 4; vLLM has no kernel"
+        " of 3 bits for CPUs.",
+    )
+    group_size: Literal[32, 64, 128] = Field(
+        default=128, description="Input columns that share a scale; must divide every layer's in-features."
+    )
+    symmetric: bool = Field(default=True, description="False: every group also has a zero point.")
+
+    @property
+    def format(self) -> str:
+        """As an artifact's precision says it, e.g. qad-w4a16-g128."""
+        return f"qad-w{self.bits}a16{'' if self.symmetric else '-asym'}-g{self.group_size}"

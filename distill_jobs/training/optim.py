@@ -7,7 +7,7 @@ shards of FSDP2; states are saved whole and loaded into whatever shards there ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -55,10 +55,12 @@ class MasterOptimizer:
         dtype: torch.dtype = torch.float32,
         extra: Iterable[tuple[str, nn.Parameter]] = (),
         add: Callable[[Tensor], None] = _nothing,
+        keep: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Leaves the model's parameters in `dtype`. `extra` parameters are stepped like the model's but are
-        somebody else's; `add` sums over the workers that hold shards."""
-        self.config, self.add = config, add
+        somebody else's; `add` sums over the workers that hold shards; where a parameter's mask in `keep` is
+        False, it stays zero."""
+        self.config, self.add, self.keep = config, add, keep or {}
         own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.named: list[tuple[str, nn.Parameter]] = [*own, *extra]
         added = {id(p) for _, p in self.named[len(own) :]}
@@ -141,13 +143,23 @@ class MasterOptimizer:
 
     def step(self, factor: float) -> float:
         """One update from the masters' gradients; returns their norm before clipping."""
+        self._mask(gradients=True)
         norm = self._clip()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.config.lr * factor
             optimizer.step()
+        self._mask(gradients=False)  # Muon's update of a masked gradient is not masked
         self.write_back()
         return norm
+
+    def _mask(self, gradients: bool) -> None:
+        """Zero what `keep` says stays zero."""
+        with torch.no_grad():
+            for name, mask in self.keep.items():
+                one = self.masters[name].grad if gradients else self.masters[name]
+                if one is not None:
+                    one.mul_(mask)
 
     def _clip(self) -> float:
         """Scale the gradients to a norm of at most `clip`, over all shards."""

@@ -40,6 +40,7 @@ from distill_jobs.training.attention import register
 from distill_jobs.training.columns import read_manifest
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.data import Rows
+from distill_jobs.training.fake_quant import fake_quantize
 from distill_jobs.training.loop import Trainer, writing
 from distill_jobs.training.models import load_model
 from distill_jobs.training.parallel import joined
@@ -73,6 +74,8 @@ def _trainer(config: TrainConfig, data_dir: str, base_model: str) -> Trainer:
     model = load_model(base_model, config.shape, config.seed)
     if config.lora is not None:
         model = add_lora(model, config.lora, base_model)
+    if config.fake_quant is not None:
+        fake_quantize(model, config.fake_quant)
     if config.use_gpu:
         model.to(ray.train.torch.get_device())
     model.set_attn_implementation(register())
@@ -187,7 +190,13 @@ def _ensure_ray(config: TrainConfig) -> None:
         ray.init(log_to_driver=False)
         return
     cpus = max(os.cpu_count() or 1, int(config.workers * config.cpus_per_worker) + 1)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        resources=config.ray_resources,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
 
 
 def _validation(config: TrainConfig, data_dir: Path, storage: Storage) -> ValidationConfig | None:
@@ -205,7 +214,12 @@ def _validation(config: TrainConfig, data_dir: Path, storage: Storage) -> Valida
     return ValidationConfig(
         validate,
         ValidationTaskConfig(arguments),
-        {"num_cpus": config.validation_cpus, "num_gpus": config.validation_gpus},
+        {
+            "num_cpus": config.validation_cpus,
+            "num_gpus": config.validation_gpus,
+            # On the same nodes, beside the workers, which may have reserved all there is.
+            "resources": dict.fromkeys(config.resources_per_worker, 0.001),
+        },
     )
 
 
@@ -214,7 +228,7 @@ def _scaling(config: TrainConfig) -> ScalingConfig:
     return ScalingConfig(
         num_workers=(fewest, config.workers) if fewest < config.workers else config.workers,
         use_gpu=config.use_gpu,
-        resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+        resources_per_worker=config.worker_resources,
     )
 
 

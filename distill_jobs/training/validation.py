@@ -18,6 +18,7 @@ from torch import nn
 from distill_jobs.training.attention import register
 from distill_jobs.training.config import EarlyStopConfig, TrainConfig
 from distill_jobs.training.data import Rows, RowSource
+from distill_jobs.training.fake_quant import fake_quantize
 from distill_jobs.training.loop import count
 from distill_jobs.training.method_config import PrefixConfig, TermsConfig
 from distill_jobs.training.models import load_model
@@ -67,6 +68,8 @@ def validate(
     torch.set_num_threads(one.threads)
     with checkpoint.as_directory() as folder:
         model = load_model(str(Path(folder) / MODEL), None, one.seed)
+    if one.fake_quant is not None:
+        fake_quantize(model, one.fake_quant)
     if one.validation_gpus:
         model.cuda()
     model.set_attn_implementation(register())

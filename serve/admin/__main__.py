@@ -6,7 +6,6 @@ Reads the routers' configuration, of which it needs the state store's address. K
 from __future__ import annotations
 
 import argparse
-import logging
 import socket
 import sys
 
@@ -22,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--insecure", action="store_true", help="no admin key needed; on a loopback address only"
     )
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-level", help="instead of the configuration's logging.level")
     args = parser.parse_args(argv)
     try:
         serve(args.config, args.host, args.port, args.insecure, args.log_level)
@@ -30,10 +29,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"{type(err).__name__}: {err}")
 
 
-def serve(config_path: str, host: str, port: int, insecure: bool, log_level: str) -> None:
+def serve(config_path: str, host: str, port: int, insecure: bool, log_level: str | None) -> None:
     """Listen and serve. Raises: ConfigError, StateError."""
     import uvicorn
 
+    from contracts import logs
     from contracts.config import load_config
     from serve.admin.app import create_app
     from serve.admin.auth import check_insecure
@@ -42,8 +42,9 @@ def serve(config_path: str, host: str, port: int, insecure: bool, log_level: str
 
     if insecure:
         check_insecure(host)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = create_app(open_state(load_config(config_path, RouterConfig).state_url), insecure)
+    settings = load_config(config_path, RouterConfig)
+    logs.start(logs.levelled(settings.logging, log_level), "admin")
+    app = create_app(open_state(settings.state_url), insecure)
     listener = socket.create_server((host, port), backlog=128)
     url = f"http://{host}:{listener.getsockname()[1]}"
     print(f"admin API listens on {url}\nconsole: {url}/console", flush=True)
@@ -55,6 +56,7 @@ def serve(config_path: str, host: str, port: int, insecure: bool, log_level: str
         access_log=False,
         server_header=False,
         log_level="warning",
+        log_config=None,  # uvicorn's lines are ours
     )
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -35,11 +35,11 @@ def check_settings(
 
 
 def known_upstreams(settings: Iterable[RouteSettings], splits: Iterable[Split]) -> list[Upstream]:
-    """Every upstream that is stored."""
+    """Every upstream that is stored, the two of a cascade beside it."""
     found = [u for split in splits for u in split.upstreams]
     for one in settings:
         found += [*one.fallbacks, *([one.shadow.upstream] if one.shadow else [])]
-    return found
+    return [each for u in found for each in dict.fromkeys((u, *u.parts))]
 
 
 def check_secrets(new: Iterable[Upstream], known: Iterable[Upstream]) -> None:
@@ -48,7 +48,7 @@ def check_secrets(new: Iterable[Upstream], known: Iterable[Upstream]) -> None:
     Raises: ConfigError when an upstream pairs a variable with a URL that the store does not pair yet.
     """
     pairs = {(u.url, u.api_key_env) for u in known}
-    for upstream in new:
+    for upstream in (part for u in new for part in u.parts):
         if upstream.api_key_env is not None and (upstream.url, upstream.api_key_env) not in pairs:
             raise ConfigError(
                 f"api_key_env: upstream {upstream.name!r} would send {upstream.api_key_env} to an address "

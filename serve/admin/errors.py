@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from contracts.errors import ConfigError, ConflictError, NotFoundError, StateError, StillhouseError
+from contracts.logs import about
 from serve.router.errors import error_body
 
 _log = logging.getLogger("stillhouse.admin")
@@ -78,6 +79,10 @@ def _invalid(_: Request, err: Exception) -> JSONResponse:
     return reply(400, "; ".join(f"{f}: {m}" for f, m in found), "invalid_value", found[0][0])
 
 
+def _about(request: Request) -> dict[str, Any]:
+    return about(request.headers.get("x-request-id"))
+
+
 def _http(_: Request, err: Exception) -> JSONResponse:
     assert isinstance(err, HTTPException)
     what = {404: "There is nothing at this path.", 405: "This method is not allowed here."}
@@ -90,10 +95,11 @@ def _ours(_: Request, err: Exception) -> JSONResponse:
     return reply(status, str(err), code)
 
 
-def _store(_: Request, err: Exception) -> JSONResponse:
-    _log.error("the state store failed: %s", type(err).__name__)
+def _store(request: Request, err: Exception) -> JSONResponse:
+    _log.error("the state store failed: %s", type(err).__name__, extra=_about(request))
     return reply(503, "The state store cannot be reached at the moment.", "state_unavailable")
 
 
-def _bug(_: Request, err: Exception) -> JSONResponse:
+def _bug(request: Request, err: Exception) -> JSONResponse:
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=err, extra=_about(request))
     return reply(500, "The admin API failed; its log says why.", "failed")

@@ -158,7 +158,7 @@ class Routes:
                 views[key] = UpstreamView(
                     upstream=upstream,
                     routes=[*routes, *([] if route in routes else [route])],
-                    replicas=endpoints.get(upstream.app or "", []),
+                    replicas=[e for part in upstream.parts for e in endpoints.get(part.app or "", [])],
                 )
         return list(views.values())
 

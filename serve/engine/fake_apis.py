@@ -38,6 +38,12 @@ class Behaviour:
     hang: bool = False
     """Accept requests and never answer."""
     healthy: bool = True
+    logprob: float = -0.5
+    """Log-probability of every token, for requests that ask for it."""
+    second: float = -2.0
+    """That of the best other token."""
+    logprobs: bool = True
+    """Give them when asked."""
     usage_when_asked: bool = True
     unfinished: bool = False
     """End streams politely but without their last event."""
@@ -93,7 +99,7 @@ class Completions(Api):
             message["tool_calls"] = calls
         choice = {
             **({"message": message} if self._chat else {"text": text}),
-            **_logprobs(body, [b.text] * b.tokens),
+            **_logprobs(body, [b.text] * b.tokens, b, self._chat),
             "finish_reason": "tool_calls" if calls else "stop",
         }
         choices = [{"index": i, **choice} for i in range(_count(body, "n", 1))]
@@ -112,9 +118,15 @@ class Completions(Api):
             last = at + 1 == b.tokens
             finish = ("tool_calls" if calls else "stop") if last else None
             if not self._chat:
-                return {"index": index, "text": pieces[at], "finish_reason": finish}
+                said = {"index": index, "text": pieces[at], "finish_reason": finish}
+                return {**said, **_logprobs(body, [pieces[at]], b, chat=False)}
             delta = _call_delta(calls, at) if calls else {"content": pieces[at]}
-            return {"index": index, "delta": delta, **_logprobs(body, [pieces[at]]), "finish_reason": finish}
+            return {
+                "index": index,
+                "delta": delta,
+                **_logprobs(body, [pieces[at]], b),
+                "finish_reason": finish,
+            }
 
         def closing() -> list[bytes]:
             if b.unfinished:
@@ -329,13 +341,35 @@ def _call_delta(calls: list[dict[str, Any]], at: int) -> dict[str, Any]:
     return {"tool_calls": [{"index": which, "function": {"arguments": call["function"]["arguments"]}}]}
 
 
-def _logprobs(body: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    if body.get("logprobs") is not True:
+def _logprobs(body: dict[str, Any], tokens: list[str], b: Behaviour, chat: bool = True) -> dict[str, Any]:
+    """As vLLM gives them: `content` of a chat, lists side by side of a completion; the token itself is first
+    of the top ones."""
+    asked = body.get("logprobs")
+    if not b.logprobs or (asked is not True if chat else type(asked) is not int):
         return {}
-    top = [{"token": "x", "logprob": -2.0, "bytes": None}] * _count(body, "top_logprobs", 0)
+    values = [b.logprob, *(b.second - i for i in range(20))]
+    if chat:
+        count = _count(body, "top_logprobs", 0)
+        content = [
+            {
+                "token": token,
+                "logprob": b.logprob,
+                "bytes": None,
+                "top_logprobs": [
+                    {"token": f"x{i}" if i else token, "logprob": v, "bytes": None}
+                    for i, v in enumerate(values[:count])
+                ],
+            }
+            for token in tokens
+        ]
+        return {"logprobs": {"content": content}}
+    top = [{f"x{i}" if i else t: v for i, v in enumerate(values[: max(1, asked)])} for t in tokens]
     return {
         "logprobs": {
-            "content": [{"token": t, "logprob": -0.5, "bytes": None, "top_logprobs": top} for t in tokens]
+            "tokens": tokens,
+            "token_logprobs": [b.logprob] * len(tokens),
+            "top_logprobs": top,
+            "text_offset": [0] * len(tokens),
         }
     }
 

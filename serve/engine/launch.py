@@ -9,6 +9,7 @@ nothing about Ray or about who started it. Only this file touches a name of vLLM
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from typing import Any
@@ -68,6 +69,38 @@ def nap_while_busy(condition: Any) -> None:
     condition.__init__, condition.wait = without_spinning, nap
 
 
+def expand_for_drafts(
+    x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: Any = 0, replace_to: Any = 0
+) -> Any:
+    """A request's value for each token that was drafted for it: [a, b] with [2, 5] → [a, a, b, b, b].
+
+    Takes the place of vLLM 0.29's own on CPU, which casts to int64, expands the copy and returns memory that
+    nobody wrote: temperatures, top-k and top-p of sampled requests, so that drafting changed what was sampled
+    (a pair of tokens 282 times of 1,200 instead of 81).
+    """
+    import torch
+
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts)[:num_tokens]
+
+
+def keep_base_plain(users: list[Any]) -> None:
+    """Let requests without an adapter be answered by the base, in every module of vLLM's in `users`.
+
+    Their slot is -1, with which vLLM 0.29 on CPU indexes its stack of adapters: beside any adapter's request
+    the base answered as the adapter in the last slot, exactly and without a word. Their rows of the shrunk
+    product are set to nought, and so is then what they are given of an adapter.
+    """
+    shrink = users[0].bgmv_shrink
+
+    def shrink_adapted(inputs: Any, weights: Any, out: Any, slots: Any, *more: Any, **named: Any) -> None:
+        shrink(inputs, weights, out, slots, *more, **named)
+        out[(slots < 0).nonzero(as_tuple=True)[0]] = 0
+
+    for module in users:
+        module.bgmv_shrink = shrink_adapted
+
+
 def main() -> None:
     """Run vLLM's OpenAI server with the arguments of this process."""
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -78,8 +111,24 @@ def main() -> None:
         from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
         nap_while_busy(SpinCondition)
+        import vllm.v1.sample.rejection_sampler as rejection_sampler
+
+        rejection_sampler.expand_batch_to_tokens = expand_for_drafts
+        if "--enable-lora" in sys.argv:
+            from vllm.lora.ops.torch_ops import lora_ops
+            from vllm.lora.punica_wrapper import punica_cpu
+
+            keep_base_plain([lora_ops, punica_cpu])
     if wants_fork(os.environ.get("STILLHOUSE_ENGINE_START", "auto"), current_platform.is_cpu()):
         prefer_fork(current_platform)
+    elif current_platform.is_cpu():
+        # What is mended above reaches only processes that are forked from this one.
+        for flag, what in (
+            ("--speculative-config", "samples wrongly with a draft"),
+            ("--enable-lora", "answers the base's requests as an adapter"),
+        ):
+            if any(a.startswith(flag) for a in sys.argv):
+                sys.exit(f"start_method: spawn {what} on CPU (vLLM 0.29); use auto or fork.")
     from vllm.entrypoints.launchers.api_server.entry import main as serve_openai
 
     serve_openai()  # type: ignore[no-untyped-call]

@@ -22,13 +22,15 @@ from typing import Any
 from ray import serve as ray_serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from contracts import logs
 from contracts.errors import EngineError, StateError
+from contracts.logs import LogConfig
 from serve.engine.config import EngineOptions
 from serve.engine.process import STOP_GRACE_S, VllmProcess
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
 
-log = logging.getLogger("ray.serve")
+log = logging.getLogger(__name__)
 
 DEPLOYMENT = "engine"
 HEARTBEAT_S = 1.0
@@ -46,8 +48,16 @@ class EngineReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, app: str, model: str, served_name: str, options: dict[str, Any], state_url: str, log_dir: str
+        self,
+        app: str,
+        model: str,
+        served_name: str,
+        options: dict[str, Any],
+        state_url: str,
+        log_dir: str,
+        log: dict[str, Any],
     ) -> None:
+        logs.start(LogConfig.model_validate(log), "engine", names=logs.OURS)
         context = ray_serve.get_replica_context()
         self._app, self._name = app, context.replica_id.unique_id
         self._traffic = TrafficState(open_state(state_url))
@@ -75,7 +85,7 @@ class EngineReplica:
         try:
             self._engine.start()
             self._engine.wait_ready(cancelled=self._stop.is_set)
-            self._forget_the_dead()
+            self._traffic.drop_stale_endpoints(STALE_S, self._app)
             self._traffic.put_endpoint(self._app, self._name, self._engine.url, self._engine.pid)
             self._ready.set_result(None)
             while not self._stop.wait(HEARTBEAT_S) and self._engine.running:
@@ -92,13 +102,6 @@ class EngineReplica:
         except SQLAlchemyError as err:  # a busy or absent store must not cost us a working engine
             log.warning("heartbeat of %s not stored: %s", self._app, err)
 
-    def _forget_the_dead(self) -> None:
-        """Remove registrations of this application's killed replicas."""
-        fresh = {e.replica for e in self._traffic.endpoints(STALE_S).get(self._app, [])}
-        for endpoint in self._traffic.endpoints().get(self._app, []):
-            if endpoint.replica not in fresh:
-                self._traffic.drop_endpoint(self._app, endpoint.replica)
-
     def _leave(self) -> None:
         try:
             self._traffic.drop_endpoint(self._app, self._name)
@@ -111,7 +114,13 @@ class EngineReplica:
 
 
 def build_engine_app(
-    app: str, model: str, served_name: str, options: EngineOptions, state_url: str, log_dir: str
+    app: str,
+    model: str,
+    served_name: str,
+    options: EngineOptions,
+    state_url: str,
+    log_dir: str,
+    logging: LogConfig = LogConfig(),
 ) -> ray_serve.Application:
     """The application that serves one model.
 
@@ -128,9 +137,12 @@ def build_engine_app(
         health_check_timeout_s=30.0,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=SETTLE_S + options.drain_timeout_s + STOP_GRACE_S + 15,
-        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        max_replicas_per_node=options.max_replicas_per_node,
+        ray_actor_options={**options.reserved(), "num_gpus": options.num_gpus},
     )(EngineReplica)
-    return deployment.bind(app, model, served_name, options.model_dump(mode="json"), state_url, log_dir)
+    return deployment.bind(
+        app, model, served_name, options.model_dump(mode="json"), state_url, log_dir, logging.model_dump()
+    )
 
 
 def _node_address() -> str:

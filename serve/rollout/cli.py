@@ -71,6 +71,13 @@ def start(
             "--ab", help="An A/B test instead of a ramp: this share for each MODEL, until a person decides."
         ),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Declared upstream that serves MODEL, as a cascade that asks it first. Default: deploy it.",
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -87,6 +94,8 @@ def start(
         check_model_ref(model)
     if len(models) > 1 and ab is None:
         raise ConfigError("several models make an A/B/n test; say --ab WEIGHT, the share that each gets.")
+    if len(models) > 1 and on is not None:
+        raise ConfigError("--on: names the upstream of one MODEL; several are deployed.")
     stack = open_stack(config)
     picked, forced = pick_policy(stack.policies, policy), (force, force_quarantined)
     if ab is not None and len(models) > 1:
@@ -94,7 +103,7 @@ def start(
     else:
         specs = [
             _start_one(
-                stack, picked if ab is None else ab_policy(picked, ab), route, models[0], reason, forced
+                stack, picked if ab is None else ab_policy(picked, ab), route, models[0], reason, forced, on
             )
         ]
     spec = specs[0]
@@ -214,7 +223,13 @@ cli_report.register(app)
 
 
 def _start_one(
-    stack: StackHandle, policy: RolloutPolicy, route: str, model: str, reason: str, forced: tuple[bool, bool]
+    stack: StackHandle,
+    policy: RolloutPolicy,
+    route: str,
+    model: str,
+    reason: str,
+    forced: tuple[bool, bool],
+    on: str | None,
 ) -> RolloutSpec:
     return start_rollout(
         stack.rollouts,
@@ -227,6 +242,7 @@ def _start_one(
         force=forced[0],
         force_quarantined=forced[1],
         sources=stack.sources,
+        on=on,
     )
 
 

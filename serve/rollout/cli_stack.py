@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from contracts.price import Price
 from registry.store import Registry
 from serve.rollout.policy import RolloutPolicy
-from serve.rollout.report.price import Price
 from serve.rollout.sources import Sources
 from serve.state.judges import JudgeState
 from serve.state.outbox import OutboxState

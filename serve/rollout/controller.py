@@ -36,6 +36,7 @@ from serve.rollout.observation import Action, Decision, Observation
 from serve.rollout.observe import Observer, loser_of
 from serve.rollout.queries import QueryReader
 from serve.rollout.replay import audit_entries, canonical
+from serve.rollout.sweep import LedgerSweep
 from serve.state.rollouts import CONTROLLER_LEASE, RolloutState, StoredRollout, Tick
 from serve.state.traffic import TrafficState
 
@@ -110,6 +111,7 @@ class Controller:
         self._observer = Observer(
             self._rollouts, self._traffic, deployer, self._confirmer, clock, router_max_age_s, queries
         )
+        self._sweep = LedgerSweep(self._rollouts, self._traffic, clock)
 
     def run_forever(self, stop: threading.Event) -> None:
         """Tick until `stop` is set, then hand the lease back. Webhooks are told from a thread beside it."""
@@ -164,6 +166,7 @@ class Controller:
                 log.exception("rollout %s: tick failed, trying again", stored.spec.id)
                 self._observer.lost(stored.spec.id)
         self._save_all(waiting)
+        self._sweep.sweep()
         return True
 
     def _lead(self) -> bool:

@@ -153,12 +153,18 @@ class Observer:
         spec = stored.spec
         if not may_start(spec, stored.status):
             return seen
+        return seen.model_copy(update={"ready": self._runs(spec)})
+
+    def _runs(self, spec: RolloutSpec) -> bool:
+        """Whether its student is up; one that is not here, and is ours to deploy, is on its way then."""
         if spec.candidate.app is not None and spec.artifact_uri is not None:
             self._deployer.deploy(spec.candidate, spec.artifact_uri)
-        return seen.model_copy(update={"ready": self._deployer.ready(spec.candidate)})
+        return self._deployer.ready(spec.candidate)
 
     def _warming(self, stored: StoredRollout, seen: Observation) -> Observation:
         if stored.status.paused or (seen.now < stored.status.next_look_at and not seen.answers):
+            return seen
+        if not self._runs(stored.spec):  # lost with its node or cluster: it is waited for
             return seen
         self._deployer.probe(stored.spec.candidate)
         # Probing takes a while; the first step begins now, not when the tick began.

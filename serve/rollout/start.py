@@ -13,7 +13,7 @@ from contracts.errors import ConfigError, ConflictError, GateError, NotFoundErro
 from contracts.gates import Verdict
 from contracts.model import ModelRecord
 from contracts.rollout import Phase, RolloutSpec
-from contracts.traffic import Split
+from contracts.traffic import Split, Upstream
 from registry.store import Registry, parse_ref
 from serve.rollout.aliases import CHALLENGER
 from serve.rollout.decide import initial
@@ -37,8 +37,13 @@ def start_rollout(
     force: bool = False,
     force_quarantined: bool = False,
     sources: Sources | None = None,
+    on: str | None = None,
 ) -> RolloutSpec:
     """Check that the model may be tried on the route, and hand the rollout to the controller.
+
+    Args:
+        on: the declared upstream that serves the model already, e.g. a cascade in which it is the first; None
+            deploys it as an application of its own.
 
     Raises:
         NotFoundError: the route or the model does not exist.
@@ -54,7 +59,9 @@ def start_rollout(
     check_route(rollouts, route, force)
     if sources is not None:
         policy, reason = sources.prepare(policy, split, reason, force)
-    spec = make_spec(policy, route, downloaded(registry, record), by=who(by, reason))
+    upstream = None if on is None else _declared(on, split, sources)
+    record = record if upstream is not None else downloaded(registry, record)
+    spec = make_spec(policy, route, record, upstream, by=who(by, reason))
     status = initial(spec)
     rollouts.create(spec, status, started(spec, status))
     registry.set_alias(
@@ -83,6 +90,18 @@ def check_model(rollouts: RolloutState, split: Split, record: ModelRecord, force
             f"{record.ref} is quarantined because it was thrown back before: {why}. "
             "Publish a better one, or say --force-quarantined to try the same one again."
         )
+
+
+def _declared(name: str, split: Split, sources: Sources | None) -> Upstream:
+    """The upstream that serves a candidate. Raises: NotFoundError; ConflictError when it is stable."""
+    known = {} if sources is None else sources.upstreams
+    if name not in known:
+        raise NotFoundError(
+            f"--on: there is no upstream {name!r}; there are: {', '.join(sorted(known)) or 'none'}."
+        )
+    if split.stable.name == name:
+        raise ConflictError(f"--on: {name!r} is the stable upstream of route {split.route!r} already.")
+    return known[name]
 
 
 def check_route(rollouts: RolloutState, route: str, force: bool) -> None:

@@ -381,7 +381,9 @@ def _bare(*names: str, left: bool = False) -> Table:
 def _replicas(upstream: Upstream | None, live: Live, look: Look, *, last: bool) -> list[Text]:
     if upstream is None:
         return []
-    urls = [upstream.url] if upstream.url is not None else list(live.replicas.get(upstream.app or "", ()))
+    urls: list[str] = []
+    for part in upstream.parts:
+        urls += [part.url] if part.url is not None else live.replicas.get(part.app or "", ())
     start = look.sign("gap" if last else "bar")
     signs = [look.sign("branch")] * (len(urls) - 1) + [look.sign("last")]
     return [

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import socket
 import sys
 from pathlib import Path
 
+from contracts import logs
 from contracts.config import load_config
 from contracts.errors import StillhouseError
+from contracts.logs import levelled
 from serve.router.config import RouterConfig
 from serve.router.workers import Workers, default_workers, listeners
 
@@ -23,11 +24,9 @@ from serve.router.workers import Workers, default_workers, listeners
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM, then drain."""
     args = _arguments(argv)
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     try:
         config = load_config(args.config, RouterConfig)
+        logs.start(levelled(config.logging, args.log_level), "router")
         if args.fd is not None:
             return _serve(config, args, socket.socket(fileno=args.fd))
         sockets = listeners(args.host, args.port, args.workers)
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"router listens on {url}", flush=True)
         return _serve(config, args, sockets[0])
     print(f"router of {args.workers} processes listens on {url}", flush=True)
-    passed_on = ["--config", args.config, "--log-level", args.log_level]
+    passed_on = ["--config", args.config, *(["--log-level", args.log_level] if args.log_level else [])]
     return Workers(passed_on, sockets, args.multiproc_dir).run()
 
 
@@ -56,7 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="processes; default: one a core, 4 at most",
     )
     parser.add_argument("--multiproc-dir", help="folder in which all router processes of this host count")
-    parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--log-level", help="instead of the configuration's logging.level")
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -13,6 +13,7 @@ from serve.request_log import RequestLog
 from serve.router.exchange import Exchange
 from serve.router.keys import KeyTable
 from serve.router.ledger import Ledger
+from serve.router.lines import RequestLines
 from serve.router.metrics import Metrics
 from serve.router.served import ServedIds
 from serve.router.table import RouteTable
@@ -31,6 +32,7 @@ class Accounts:
         served: ServedIds | None,
         log: RequestLog | None,
         tracer: Tracer | None,
+        lines: RequestLines,
     ) -> None:
         self._table = table
         self._keys = keys
@@ -39,6 +41,7 @@ class Accounts:
         self._ledger = ledger
         self._log = log
         self._tracer = tracer
+        self._lines = lines
         self.want_answers = log is not None or tracer is not None or keys.on
         """Somebody reads the answers afterwards."""
 
@@ -66,6 +69,7 @@ class Accounts:
             self._log.submit(ex)
         if self._tracer is not None:
             self._tracer.submit(ex)
+        self._lines.ended(ex)
 
     def refused(self, refusal: Refusal) -> None:
         """A request that no arm was asked for; the metrics have counted it."""
@@ -97,6 +101,11 @@ class Accounts:
     def _count_tokens(self, ex: Exchange) -> None:
         """Tokens are the serving arm's: it made them, whoever is charged with the request."""
         metrics = ex.metrics
+        if ex.step is not None:
+            if ex.step.reason is not None:  # the first's were counted when it was decided
+                asked = (ex.route.split.route, ex.served_arm.value, ex.step.by)
+                self._metrics.cascades.tokens(*asked, ex.prompt_tokens, ex.completion_tokens)
+            return
         if ex.fell_back:
             metrics = self._metrics.arm(ex.route.split.route, ex.served_arm.value, ex.served.name)
         if ex.prompt_tokens:

@@ -36,6 +36,7 @@ from serve.router.judging import Judging
 from serve.router.keys import KeyTable, in_scope
 from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
+from serve.router.lines import RequestLines
 from serve.router.metrics import CONTENT_TYPE, OTHER, Metrics
 from serve.router.names import host_name, replica_name
 from serve.router.openapi import FEEDBACK, ROUTED, document
@@ -49,12 +50,13 @@ from serve.router.scores import Scores
 from serve.router.served import ServedIds
 from serve.router.sync import StateSync
 from serve.router.table import RouteTable
+from serve.router.targets import targets
 from serve.router.tracing import Tracer
 from serve.router.verdicts import Verdicts
 
 _log = logging.getLogger("stillhouse.router")
 
-_LOCAL = ("/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+_LOCAL = ("/v1/models", "/health", "/ready", "/metrics", "/targets", "/openapi.json")
 _STORED = "/v1/responses/"
 _NO_STORE = (
     "Responses are not kept here: a replica that stored one is known to nobody but itself. "
@@ -133,9 +135,13 @@ class RouterApp:
             await send_bytes(send, 200, b"application/json", document())
         else:
             try:
-                await self._models(path, self._keys.identify(scope["headers"]), send)
+                key = self._keys.identify(scope["headers"])
+                if path == "/targets":
+                    await send_json(send, 200, targets(self._table, self._pools))
+                else:
+                    await self._models(path, key, send)
             except RequestRefused as refused:
-                self._metrics.refused(refused.status, "/v1/models")
+                self._metrics.refused(refused.status, "/targets" if path == "/targets" else "/v1/models")
                 await send_json(send, refused.status, refused.body, headers=refused.headers)
 
     async def _models(self, path: str, key: ApiKey | None, send: Send) -> None:
@@ -173,7 +179,11 @@ class RouterApp:
         # The log's threads share the interpreter with the event loop; let it have it back quickly.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         config = self.config
-        self._metrics = Metrics([self._judge_names.get(name, name) for name in config.graders])
+        self._metrics = Metrics(
+            [self._judge_names.get(name, name) for name in config.graders],
+            config.prices,
+            config.student_price,
+        )
         self._table = RouteTable(self._metrics)
         self._pools = Pools(config)
         self._client = HttpClient(config.timeouts.connect_s)
@@ -204,12 +214,28 @@ class RouterApp:
         gc.collect()
         gc.freeze()  # what is here stays; not walking it again keeps collections off the slowest percent
         accounts = Accounts(
-            self._table, self._metrics, self._ledger, self._keys, served, self._request_log, self._tracer
+            self._table,
+            self._metrics,
+            self._ledger,
+            self._keys,
+            served,
+            self._request_log,
+            self._tracer,
+            RequestLines(config.logging),
         )
         intake = Intake(config, self._table, self._keys, self._tracer)
         pairs = PairGrading(config, judging, self._scores, self._metrics) if config.graders else None
         self._proxy = Proxy(
-            config, intake, self._table, self._pools, self._client, self._metrics, accounts, pairs
+            config,
+            intake,
+            self._table,
+            self._pools,
+            self._client,
+            self._metrics,
+            accounts,
+            pairs,
+            {grader.name: grader for grader in self._graders},
+            judging,
         )
         _log.info("router %s started with routes %s", self.replica, self._table.names())
 

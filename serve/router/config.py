@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from contracts.config import StrictConfig
 from contracts.detectors import BUILT_IN
 from contracts.grading import GraderSet
+from contracts.logs import LogConfig
+from contracts.price import Price
 from contracts.traffic import Upstream
 
 _DETECTOR = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -83,6 +85,10 @@ class RouterConfig(GraderSet):
     """None: no request log; graders need one, because they run in its threads."""
     upstreams: dict[str, Upstream] = Field(default_factory=dict)
     """The upstreams that graders name: judges, and what pairs are compared with."""
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """Upstream name → its price, exported with the metrics; one without a price has no cost series."""
+    student_price: Price | None = None
+    """The price of every student that `prices` does not name."""
     mirror_in_flight: int = Field(default=16, ge=1)
     """Mirrored requests running at once; further ones are dropped and counted."""
     mirror_per_hour: int | None = Field(default=None, ge=1)
@@ -93,6 +99,8 @@ class RouterConfig(GraderSet):
     """How long after its request feedback is taken. A request costs some 190 bytes in the store meanwhile."""
     served_queue: int = Field(default=50_000, ge=1)
     """Request ids waiting to be stored; above it they are dropped and counted."""
+    logging: LogConfig = LogConfig()
+    """How the router's processes log; `log` is the request log."""
     tracing: TracingConfig | None = None
     """None: no traces, and a client's `traceparent` is passed on as it is."""
     poll_s: float = Field(default=0.2, gt=0, le=5)

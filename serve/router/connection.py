@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 import httptools
 import orjson
 
+from contracts.logs import about
 from serve.router.errors import error_body
 from serve.router.guard import Receive
 from serve.router.request import STATUS_LINES, Request, Send
@@ -258,7 +259,9 @@ class ServerConnection(asyncio.Protocol):
             self._abort()
             raise
         except Exception:  # noqa: BLE001 reason: a bug in the application costs one request, not the process
-            _log.exception("%s %s failed", request.scope["method"], request.scope["path"])
+            given = dict(request.scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+            what = (request.scope["method"], request.scope["path"])
+            _log.exception("%s %s failed", *what, extra=about(given or None))
         finally:
             self._server.active -= 1
             await self._close_answer(request)

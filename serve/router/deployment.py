@@ -9,6 +9,8 @@ from typing import Any
 
 from ray import serve as ray_serve
 
+from contracts import logs
+from serve.placement import Placement
 from serve.router.config import RouterConfig
 
 DEPLOYMENT = "router"
@@ -22,6 +24,7 @@ class RouterReplica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve in the replica's process, after its environment is set."""
+        logs.start(self._config.logging, "router", names=logs.OURS)
         # Imported here: prometheus_client must see the replica's environment.
         from serve.router.app import create_app
         from serve.router.ray_ingress import serve_directly
@@ -37,7 +40,7 @@ def build_router_app(
     num_replicas: int,
     multiproc_dir: str,
     *,
-    num_cpus: float = 0.1,
+    placement: Placement | None = None,
     max_ongoing_requests: int = 4096,
 ) -> ray_serve.Application:
     """The router as an application for `ray_serve.run(app, name=..., route_prefix="/")`.
@@ -47,12 +50,15 @@ def build_router_app(
         num_replicas: router processes.
         multiproc_dir: folder in which the replicas of one host count together, so that any of them can
             answer a scrape for all. Empty it before the first start, not on restarts.
-        num_cpus: what Ray reserves for a replica; it needs little, its load is mostly waiting.
+        placement: what Ray reserves for a replica and on how many nodes; it needs little, its load is mostly
+            waiting.
         max_ongoing_requests: per replica. Streams are long and cheap, so this is high.
     """
+    where = placement or Placement()
     deployment = ray_serve.deployment(
         name=DEPLOYMENT,
         num_replicas=num_replicas,
+        max_replicas_per_node=where.max_replicas_per_node,
         max_ongoing_requests=max_ongoing_requests,
         max_queued_requests=-1,
         graceful_shutdown_wait_loop_s=0.2,
@@ -60,7 +66,7 @@ def build_router_app(
         health_check_period_s=5.0,
         logging_config={"enable_access_log": False},  # one line a request costs more than routing it
         ray_actor_options={
-            "num_cpus": num_cpus,
+            **where.reserved(),
             "runtime_env": {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": multiproc_dir}},
         },
     )(ray_serve.ingress()(RouterReplica))

@@ -7,8 +7,9 @@ has its answer. Knows nothing about sockets.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from contracts.cascade import CascadeNote, Why
 from contracts.routes import LogPolicy, Priority
 from contracts.traffic import Assignment, LogMode, Outcome, Reason, RequestRow, Upstream
 from serve.request_log.policy import mode_of
@@ -35,6 +36,36 @@ EVIDENCE_ENDPOINTS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/
 LOG_EVERYTHING = LogPolicy()
 
 
+class Step(NamedTuple):
+    """What an upstream that is a cascade did with a request."""
+
+    first: Upstream
+    by: Upstream
+    """Who answers."""
+    reason: Why | None = None
+    """Why that is not the first."""
+    signal: float | None = None
+    prompt_tokens: int = 0
+    """Of the first, samples included; so are the next."""
+    completion_tokens: int = 0
+
+    def note(self) -> CascadeNote:
+        """For the log's row."""
+        return CascadeNote(
+            by=self.by.name,
+            reason=self.reason,
+            signal=self.signal,
+            first=self.first.name,
+            first_prompt_tokens=self.prompt_tokens,
+            first_completion_tokens=self.completion_tokens,
+        )
+
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
+        """Response headers that say who answered, and why."""
+        why = b"first" if self.reason is None else b"then; " + self.reason.value.encode()
+        return (b"x-stillhouse-upstream", self.by.name.encode()), (b"x-stillhouse-cascade", why)
+
+
 class Exchange:
     """One routed request from its assignment to its end."""
 
@@ -42,8 +73,8 @@ class Exchange:
         "affinity", "assignment", "body", "body_bytes", "cap", "chunks", "client_wants_usage",
         "completion_tokens", "e2e_s", "ended", "endpoint", "error", "fell_back", "held", "key_id", "limits",
         "log_policy", "metrics", "outcome", "overhead_s", "pair_id", "priority", "prompt_tokens",
-        "request_id", "response", "route", "served", "served_arm", "span", "started", "status", "stream",
-        "streamed", "trace", "ts", "ttft_s", "watcher",
+        "request_id", "response", "route", "served", "served_arm", "span", "started", "status", "step",
+        "stream", "streamed", "trace", "ts", "ttft_s", "watcher",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +118,8 @@ class Exchange:
         self.held: tuple[str, ...] = ()
         self.served_arm = assignment.arm
         self.served: Upstream = route.upstream(assignment.arm, assignment.slot) or route.split.stable
+        self.step: Step | None = None
+        """Of a serving upstream that is a cascade; None of all others."""
         self.fell_back = False
         self.ended = False
         self.outcome = Outcome.OK
@@ -107,6 +140,12 @@ class Exchange:
         self.error: str | None = None
         self.span: SpanStart | None = None
         """Its place in a trace; None without tracing."""
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Response headers that say which arm was assigned and who answered."""
+        if self.step is None:
+            return self.route.headers(self.assignment, self.served)
+        return [*self.route.headers(self.assignment, self.served, self.step.by), *self.step.headers()]
 
     def evidence(self) -> tuple[EvidenceKey, ...]:
         """Where this request counts as evidence, nowhere when it says nothing about its arm."""
@@ -139,6 +178,7 @@ class Exchange:
         """The log row."""
         answer = self._answer()
         assignment, split = self.assignment, self.route.split
+        answerer = self.served if self.step is None else self.step.by
         return RequestRow(
             request_id=self.request_id,
             pair_id=self.pair_id,
@@ -154,8 +194,8 @@ class Exchange:
             split_version=split.version,
             rollout_id=split.rollout_of(assignment),
             upstream=self.served.name,
-            model=self.served.model,
-            digest=self.served.digest,
+            model=answerer.model,
+            digest=answerer.digest,
             stream=self.stream,
             status=self.status,
             outcome=self.outcome,
@@ -171,6 +211,7 @@ class Exchange:
             response_text=answer.text,
             response=self.response,
             error=self.error,
+            cascade=None if self.step is None else self.step.note(),
         )
 
     def size(self) -> int:

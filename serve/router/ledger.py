@@ -97,6 +97,11 @@ class Ledger:
                 )
             return list(self._unstored)
 
+    def backlog(self) -> int:
+        """How many numbered entries are not in the state store yet."""
+        with self._lock:
+            return len(self._unstored)
+
     def stored(self, entries: list[LedgerEntry]) -> None:
         """Forget entries that the state store has."""
         done = {e.seq for e in entries}

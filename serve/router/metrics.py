@@ -11,31 +11,33 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import mark_process_dead
 
 from contracts.errors import ConfigError
-from contracts.metrics import LATENCY_BUCKETS_S
+from contracts.price import Price
 from contracts.traffic import Arm, Outcome, Split
 from serve.router.batch import FLUSH_S, Batch, Counted, Level, Observed
+from serve.router.cascade_metrics import CascadeMetrics
+from serve.router.exposition import HostExposition
+from serve.router.split_metrics import SplitMetrics
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 OTHER: Final = "other"
 NONE: Final = "none"
+SHADOW_DROPS: Final = ("budget", "busy")
+"""Reasons whose series begin at zero; those of mirrored requests come when there are any."""
 
-TPOT_BUCKETS_S: Final = (
-    0.0001, 0.0002, 0.0004, 0.0006, 0.0008, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.010, 0.015,
-    0.020, 0.030, 0.040, 0.060, 0.080, 0.100, 0.150, 0.200, 0.400, 1.0,
-)  # fmt: skip
-OVERHEAD_BUCKETS_S: Final = (
-    0.00005, 0.0001, 0.00015, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.005, 0.010, 0.050,
-    0.100, 1.0,
-)  # fmt: skip
+SECONDS_BUCKETS: Final = (0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 1.0, 2.0, 3.0, 6.0, 15.0, 60.0)
+"""Edges of latency histograms: every third or so of the ledger's, by which rollouts are judged. They are
+multiplied by arms, so each costs sixty series where twenty routes have three."""
+TPOT_BUCKETS_S: Final = (0.001, 0.002, 0.004, 0.008, 0.015, 0.030, 0.060, 0.100, 0.200, 0.400)
+OVERHEAD_BUCKETS_S: Final = (0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.010, 0.050, 0.100)
 
 _LIVE_FILE = re.compile(r"^gauge_live\w*_(\d+)\.db$")
 _GENERATION = ("/v1/chat/completions", "/v1/completions")
@@ -53,9 +55,9 @@ class ArmMetrics:
         for endpoint in _GENERATION:
             for outcome in Outcome:
                 self._requests(outcome, endpoint)
-        self.ttft = Observed(batch, metrics.ttft.labels(*labels), LATENCY_BUCKETS_S)
+        self.ttft = Observed(batch, metrics.ttft.labels(*labels), SECONDS_BUCKETS)
         self.tpot = Observed(batch, metrics.tpot.labels(*labels), TPOT_BUCKETS_S)
-        self.e2e = Observed(batch, metrics.e2e.labels(*labels), LATENCY_BUCKETS_S)
+        self.e2e = Observed(batch, metrics.e2e.labels(*labels), SECONDS_BUCKETS)
         self.overhead = metrics.overhead_of(route)
         self.prompt_tokens = Counted(batch, metrics.prompt_tokens.labels(*labels))
         self.completion_tokens = Counted(batch, metrics.completion_tokens.labels(*labels))
@@ -75,10 +77,17 @@ class ArmMetrics:
 class Metrics:
     """Every metric of one router process."""
 
-    def __init__(self, graders: Collection[str] = ()) -> None:
-        """`graders`: names whose series of grades begin at zero."""
+    def __init__(
+        self,
+        graders: Collection[str] = (),
+        prices: Mapping[str, Price] | None = None,
+        student_price: Price | None = None,
+    ) -> None:
+        """`graders`: names whose series of grades begin at zero. `prices`: by upstream; a student that has
+        none has `student_price`."""
         self._graders = graders
         self._dir = _multiproc_dir()
+        self._host = None if self._dir is None else HostExposition(self._dir, _alive)
         self.batch = Batch()
         self._registry = reg = CollectorRegistry()
         arm = ["route", "arm", "upstream"]
@@ -98,7 +107,7 @@ class Metrics:
             "stillhouse_ttft_seconds",
             "Streaming requests: arrival to the first byte of the answer.",
             arm,
-            buckets=LATENCY_BUCKETS_S,
+            buckets=SECONDS_BUCKETS,
             registry=reg,
         )
         self.tpot = Histogram(
@@ -112,7 +121,7 @@ class Metrics:
             "stillhouse_e2e_seconds",
             "Arrival to the end of the answer.",
             arm,
-            buckets=LATENCY_BUCKETS_S,
+            buckets=SECONDS_BUCKETS,
             registry=reg,
         )
         self.prompt_tokens = Counter("stillhouse_prompt_tokens_total", "Prompt tokens.", arm, registry=reg)
@@ -126,30 +135,7 @@ class Metrics:
             registry=reg,
             multiprocess_mode="livesum",
         )
-        self._splits(reg)
-        self._help(reg)
-        self._log(reg)
-        self._grading(reg)
-        self._keys_and_state(reg)
-        self._arms: dict[tuple[str, str, str], ArmMetrics] = {}
-        self._responses: dict[tuple[str, int], Counted] = {}
-        self._overheads: dict[str, Observed] = {}
-
-    def _splits(self, reg: CollectorRegistry) -> None:
-        self.split_weight = Gauge(
-            "stillhouse_split_weight",
-            "The canary's share of a route.",
-            ["route"],
-            registry=reg,
-            multiprocess_mode="livemostrecent",
-        )
-        self.split_version = Gauge(
-            "stillhouse_split_version",
-            "Version of the split that is in force (the oldest over router processes).",
-            ["route"],
-            registry=reg,
-            multiprocess_mode="livemin",
-        )
+        self.splits = SplitMetrics(reg, prices, student_price)
         self.overhead = Histogram(
             "stillhouse_router_overhead_seconds",
             "Time spent in the router between a request's last byte and asking the upstream.",
@@ -157,6 +143,14 @@ class Metrics:
             buckets=OVERHEAD_BUCKETS_S,
             registry=reg,
         )
+        self.cascades = CascadeMetrics(reg, self.batch, self.prompt_tokens, self.completion_tokens)
+        self._help(reg)
+        self._log(reg)
+        self._grading(reg)
+        self._keys_and_state(reg)
+        self._arms: dict[tuple[str, str, str], ArmMetrics] = {}
+        self._responses: dict[tuple[str, int], Counted] = {}
+        self._overheads: dict[str, Observed] = {}
 
     def _help(self, reg: CollectorRegistry) -> None:
         self.fallbacks = Counter(
@@ -257,6 +251,18 @@ class Metrics:
         self.state_errors = Counter(
             "stillhouse_state_errors_total", "Failed reads and writes of the state store.", registry=reg
         )
+        self.state_read = Gauge(
+            "stillhouse_state_read_timestamp_seconds",
+            "When splits were last read from the state store (the longest ago over router processes).",
+            registry=reg,
+            multiprocess_mode="livemin",
+        )
+        self.ledger_backlog = Gauge(
+            "stillhouse_ledger_backlog",
+            "Lines of evidence that are counted and not yet in the state store.",
+            registry=reg,
+            multiprocess_mode="livesum",
+        )
 
     def arm(self, route: str, arm: str, upstream: str) -> ArmMetrics:
         """The children of an arm, made at its first use."""
@@ -284,12 +290,16 @@ class Metrics:
 
     def know(self, split: Split) -> None:
         """A split is in force: publish it and start its series at zero, so that rates of a fresh arm work."""
-        self.split_weight.labels(split.route).set(split.weight)
-        self.split_version.labels(split.route).set(split.version)
+        self.splits.know(split)
         self.fallbacks.labels(split.route)
+        for reason in SHADOW_DROPS:
+            self.shadows_dropped.labels(split.route, reason)
         for upstream in split.upstreams:
             arm = Arm.STABLE if upstream is split.stable else Arm.CANARY
             self.arm(split.route, arm.value, upstream.name)
+            self.cascades.know(split.route, arm.value, upstream)
+            self.retries.labels(split.route, arm.value)
+            self.ejections.labels(upstream.name)
             for grader, verdict in product(self._graders, ("pass", "fail")):
                 self.grades.labels(split.route, arm.value, grader, verdict)
 
@@ -311,12 +321,10 @@ class Metrics:
         return await asyncio.to_thread(self._expose)
 
     def _expose(self) -> bytes:
-        if self._dir is None:
+        if self._dir is None or self._host is None:
             return generate_latest(self._registry)
         _bury_dead(self._dir)
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=str(self._dir))  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        return self._host.text()
 
 
 def _multiproc_dir() -> Path | None:

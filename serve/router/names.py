@@ -7,6 +7,14 @@ import re
 import secrets
 import socket
 
+STACK_ENV = "STILLHOUSE_STACK_ID"
+"""Names the stack, or the cluster, that a process belongs to: all of them inherit it."""
+
+
+def stack_name() -> str | None:
+    """The stack that this process belongs to, None outside of one."""
+    return os.environ.get(STACK_ENV)
+
 
 def host_name() -> str:
     """This machine, in characters that every name may have."""

@@ -95,6 +95,17 @@ _SCHEMAS: dict[str, Any] = {
         "properties": {"status": {"const": "ok"}, "replica": _TEXT},
         "required": ["status", "replica"],
     },
+    "Targets": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "properties": {
+                "targets": {"type": "array", "items": _TEXT},
+                "labels": {"type": "object", "additionalProperties": _TEXT},
+            },
+            "required": ["targets", "labels"],
+        },
+    },
     "Readiness": {
         "type": "object",
         "properties": {
@@ -192,6 +203,7 @@ def _local_paths() -> dict[str, Any]:
     name = {"name": "model", "in": "path", "required": True, "schema": _TEXT}
     missing = {"404": {"description": "There is no such route.", "content": _json("Error")}}
     metrics = {"text/plain": {"schema": {"type": "string"}}}
+    refused = {"default": {"description": "Refused.", "content": _json("Error")}}
     return {
         "/v1/models": {"get": _get("The routes", "models", _json("Models"))},
         "/v1/models/{model}": {
@@ -207,6 +219,9 @@ def _local_paths() -> dict[str, Any]:
             )
         },
         "/metrics": {"get": _get("Prometheus metrics", "metrics", metrics)},
+        "/targets": {
+            "get": _get("Engines, for Prometheus' http_sd_configs", "targets", _json("Targets"), refused)
+        },
         "/openapi.json": {
             "get": _get("This document", "openapi", {"application/json": {"schema": {"type": "object"}}})
         },

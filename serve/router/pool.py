@@ -28,11 +28,15 @@ _SLACK: Final = 4
 class Replica:
     """One address that answers for an upstream."""
 
-    __slots__ = ("failures", "in_flight", "open_until", "probe_until", "seen_at", "target", "trips", "url")
+    __slots__ = (
+        "failures", "guest", "in_flight", "open_until", "probe_until", "seen_at", "target", "trips", "url",
+    )  # fmt: skip
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.target: Target = target_of(url)
+        self.guest = False
+        """An adapter's place on an engine that is another application's."""
         self.in_flight = 0
         self.failures = 0
         """In a row."""
@@ -61,19 +65,25 @@ class Pools:
         self._keys: dict[str, bytes] = {}
 
     def apply(self, endpoints: dict[str, list[Endpoint]]) -> None:
-        """Take over the state store's endpoints; a replica that stays keeps its counts."""
-        known = {r.url: r for replicas in self._apps.values() for r in replicas}
+        """Take over the state store's endpoints; a replica that stays keeps its counts.
+
+        Applications that share an engine (a base, its adapters) have each a count and a breaker of its own.
+        """
+        known = {(app, r.url): r for app, replicas in self._apps.items() for r in replicas}
         self._apps = {}
         for app, found in endpoints.items():
             replicas = self._apps.setdefault(app, [])
             for endpoint in found:
                 url = endpoint.url.rstrip("/").removesuffix("/v1")
-                replica = known.get(url) or Replica(url)
+                replica = known.get((app, url)) or Replica(url)
+                replica.guest = endpoint.guest
                 replica.seen_at = endpoint.seen_at
                 replicas.append(replica)
 
     def replicas(self, upstream: Upstream) -> list[Replica]:
-        """Every replica of an upstream, usable or not."""
+        """Every replica of an upstream, usable or not; of a cascade those that can answer every request."""
+        if upstream.cascade is not None:
+            upstream = upstream.cascade.then
         if upstream.app is not None:
             return self._apps.get(upstream.app, [])
         assert upstream.url is not None

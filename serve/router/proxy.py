@@ -10,19 +10,25 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from contracts.traffic import Arm, Outcome, Upstream
+from serve.grading.graders import NamedGrader
 from serve.router.accounts import Accounts
+from serve.router.cascade import Cascades
 from serve.router.client import HttpClient
 from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused, error_body, error_for
 from serve.router.exchange import Exchange
 from serve.router.guard import Cause, Deadlines, Guard, Receive
+from serve.router.hold import Holder
 from serve.router.intake import Intake, request_id_of
+from serve.router.judging import Judging
 from serve.router.limits import RetryBudget
+from serve.router.lines import about_request
 from serve.router.metrics import OTHER, Metrics
 from serve.router.pairs import PairGrading
 from serve.router.pool import Pools, Replica
@@ -50,7 +56,10 @@ class Proxy:
         metrics: Metrics,
         accounts: Accounts,
         pairs: PairGrading | None = None,
+        graders: Mapping[str, NamedGrader] | None = None,
+        judging: Judging | None = None,
     ) -> None:
+        """`graders`, `judging`: who judges answers that a cascade holds."""
         self._config = config
         self._intake = intake
         self._table = table
@@ -60,7 +69,13 @@ class Proxy:
         self._ended = accounts.ended
         self._deadlines = Deadlines()
         self._relay = Relay(client, pools, config.timeouts, accounts.ended, accounts.want_answers)
-        self.shadows = Shadows(self._relay, accounts, table, pools, metrics, self._deadlines, config, pairs)
+        holder = Holder(self._relay, client, pools, metrics)
+        self._cascades = Cascades(
+            holder, graders or {}, judging, metrics, config.timeouts, accounts.ended, accounts.want_answers
+        )
+        self.shadows = Shadows(
+            self._relay, self._cascades, accounts, table, pools, metrics, self._deadlines, config, pairs
+        )
         self._budgets: dict[str, RetryBudget] = {}
         self.active = 0
         """Requests that have not been answered to the end."""
@@ -151,7 +166,12 @@ class Proxy:
         self, ex: Exchange, guard: Guard, send: Send, budget: RetryBudget, lenient: bool
     ) -> AttemptFailed | None:
         """Try the replicas of the arm that serves; None when the client has its answer."""
-        upstream = ex.served
+        upstream: Upstream | None = ex.served
+        ex.step = None
+        if ex.served.cascade is not None:
+            upstream = await self._cascades.first(ex, guard, send)
+        if upstream is None:
+            return None
         tried: list[Replica] = []
         failure: AttemptFailed | None = None
         for attempt in range(_TRIES_PER_ARM):
@@ -172,7 +192,9 @@ class Proxy:
                 failure = err
                 if err.status >= 500 and self._pools.failed(replica, err.connect):
                     self._metrics.ejections.labels(upstream.name).inc()
-                _log.info("request %s: %s", ex.request_id, err)
+                # Its words may quote the upstream's, which may quote the request's.
+                facts = {"upstream": upstream.name, "status": err.status, "connect": err.connect}
+                _log.debug("an attempt failed", extra=about_request(ex, **facts))
                 continue
             if ex.outcome is Outcome.OK:
                 self._pools.succeeded(replica)
@@ -223,7 +245,7 @@ class Proxy:
         if body is None:
             said = error_body(f"The model could not answer: {failure}.", "upstream_error")
             body = orjson.dumps(error_for(ex.endpoint, failure.status, said))
-        told = (*ex.route.headers(ex.assignment, ex.served), *ex.limits)
+        told = (*ex.headers(), *ex.limits)
         await send_json(send, failure.status, body, ex.request_id, told)
 
     async def _give_up(self, ex: Exchange, cause: Cause, guard: Guard, send: Send) -> None:

@@ -42,7 +42,7 @@ class Readiness:
         route = self._table.get(name)
         if route is None:
             return f"route {name!r} has no split"
-        stable = route.split.stable
+        stable = route.split.stable.parts[-1]  # a cascade can answer as long as its second one can
         replicas = self._pools.replicas(stable)
         if not replicas:
             return f"route {name!r}: no replica of {stable.name!r} is registered"

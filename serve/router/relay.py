@@ -55,8 +55,8 @@ class Relay:
         `lenient`: another arm could still be asked, so 4xx that speak of the upstream are failures too.
         Raises: AttemptFailed before the first byte went to the client.
         """
-        body = _upstream_body(ex, upstream)
-        headers = self._head(ex, upstream)
+        body = upstream_body(ex, upstream)
+        headers = self.head(ex, upstream)
         own = ex.route.settings.timeouts
         guard.wait_for(Cause.FIRST_BYTE, own.first_byte_s or self._timeouts.first_byte_s)
         replica.in_flight += 1
@@ -112,17 +112,17 @@ class Relay:
         guard.ending()
         self._ended(ex, outcome, status)
         content_type = connection.content_type or b"application/json"
-        await send(_start(ex, status, content_type, connection, len(body)))
+        await send(start_message(ex, status, content_type, connection.headers, len(body)))
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, ex: Exchange, connection: Connection, guard: Guard, send: Send) -> None:
-        watcher = ex.watcher = watcher_of(ex.endpoint, _asks_usage_itself(ex))
+        watcher = ex.watcher = watcher_of(ex.endpoint, asks_usage_itself(ex))
         first = await self._first_events(connection, watcher)
         now = time.perf_counter()
         ex.ttft_s = now - ex.started
         ex.streamed = True
         guard.wait_for(Cause.BETWEEN, self._between_s(ex))
-        await send(_start(ex, connection.status, connection.content_type, connection, None))
+        await send(start_message(ex, connection.status, connection.content_type, connection.headers, None))
         try:
             await self._events(ex, connection, watcher, first, guard, send)
         except Broken as err:
@@ -182,7 +182,7 @@ class Relay:
         guard.ending()
         self._ended(ex, outcome, connection.status)
         await send({"type": "http.response.body", "body": events})
-        await _drain(connection)
+        await drain(connection)
 
     async def _pass_on(
         self, ex: Exchange, connection: Connection, watcher: StreamWatcher, guard: Guard, source: Source
@@ -225,7 +225,8 @@ class Relay:
     def _between_s(self, ex: Exchange) -> float:
         return ex.route.settings.timeouts.between_chunks_s or self._timeouts.between_chunks_s
 
-    def _head(self, ex: Exchange, upstream: Upstream) -> bytes:
+    def head(self, ex: Exchange, upstream: Upstream) -> bytes:
+        """Header lines of a request to an upstream."""
         accept = b"text/event-stream" if ex.stream else b"application/json"
         return (
             b"content-type: application/json\r\naccept: " + accept
@@ -250,31 +251,39 @@ def parse_error(body: bytes) -> dict[str, Any] | None:
     return parsed if parsed is not None and isinstance(parsed.get("error"), dict) else None
 
 
-def _asks_usage_itself(ex: Exchange) -> bool:
+def asks_usage_itself(ex: Exchange) -> bool:
     """True when the router asks for usage on its own account, so the client must not see it."""
     return ex.stream and ex.endpoint in _STREAMS_OPENAI and not ex.client_wants_usage
 
 
-def _upstream_body(ex: Exchange, upstream: Upstream) -> bytes:
-    """The client's body with the upstream's model name in it; every other field stays as it is."""
+def upstream_body(ex: Exchange, upstream: Upstream, more: dict[str, Any] | None = None) -> bytes:
+    """The client's body with the upstream's model name in it; every other field stays as it is.
+
+    `more`: fields of ours, over the client's.
+    """
     body = {**ex.route.settings.parameters, **ex.body, "model": upstream.model}
     if ex.cap is not None:
         body[ex.cap[0]] = ex.cap[1]
-    if _asks_usage_itself(ex):
+    if asks_usage_itself(ex):
         body["stream_options"] = {**(ex.body.get("stream_options") or {}), "include_usage": True}
-    return dump(body)
+    return dump(body if more is None else {**body, **more})
 
 
-def _start(
-    ex: Exchange, status: int, content_type: bytes, connection: Connection, length: int | None
+def start_message(
+    ex: Exchange,
+    status: int,
+    content_type: bytes,
+    upstream_headers: list[tuple[bytes, bytes]],
+    length: int | None,
 ) -> dict[str, Any]:
+    """The head of an answer: who gave it, and what of the upstream's own headers is passed on."""
     headers = [
         (b"content-type", content_type),
         (b"x-request-id", ex.request_id.encode()),
-        *ex.route.headers(ex.assignment, ex.served),
+        *ex.headers(),
         *ex.limits,
     ]
-    for name, value in connection.headers:
+    for name, value in upstream_headers:
         # With limits of its own a client is not told those of our key at the upstream, under the same names.
         if name in _PASSED_BACK or (not ex.limits and name.startswith(b"x-ratelimit-")):
             headers.append((name, value))
@@ -283,7 +292,7 @@ def _start(
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-async def _drain(connection: Connection) -> None:
+async def drain(connection: Connection) -> None:
     """Read what comes after the end, so that the connection can be used again; it is only a few bytes."""
     if connection.complete:
         return

@@ -13,7 +13,7 @@ from serve.router.relay import Send
 async def send_json(
     send: Send,
     status: int,
-    body: dict[str, Any] | bytes,
+    body: dict[str, Any] | list[Any] | bytes,
     request_id: str | None = None,
     headers: Iterable[tuple[bytes, bytes]] = (),
 ) -> None:

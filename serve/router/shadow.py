@@ -19,10 +19,12 @@ from contracts.routes import ShadowFields
 from contracts.traffic import Arm, Outcome, Reason, Upstream
 from serve.router.accounts import Accounts
 from serve.router.assign import fraction_of
+from serve.router.cascade import Cascades
 from serve.router.config import RouterConfig
 from serve.router.errors import AttemptFailed, RequestRefused
 from serve.router.exchange import EVIDENCE_ENDPOINTS, Exchange
 from serve.router.guard import Deadlines, Guard
+from serve.router.lines import about_request
 from serve.router.metrics import Metrics
 from serve.router.pairs import PairGrading, mirrored
 from serve.router.pool import Pools
@@ -58,6 +60,7 @@ class Shadows:
     def __init__(
         self,
         relay: Relay,
+        cascades: Cascades,
         accounts: Accounts,
         table: RouteTable,
         pools: Pools,
@@ -68,6 +71,7 @@ class Shadows:
     ) -> None:
         """`pairs`: who compares mirrored answers; None: they are only logged."""
         self._relay = relay
+        self._cascades = cascades
         self._accounts = accounts
         self._table = table
         self._pools = pools
@@ -139,7 +143,7 @@ class Shadows:
         )
         copy.served, copy.pair_id, copy.cap = upstream, ex.request_id, ex.cap
         copy.log_policy, copy.key_id = ex.log_policy, ex.key_id
-        copy.held = self._table.hold_upstream(upstream.name)
+        copy.held = self._table.hold_upstream(upstream)
         copy.metrics = self._metrics.arm(ex.route.split.route, Arm.SHADOW.value, upstream.name)
         copy.metrics.in_flight.inc()
         return copy
@@ -160,7 +164,7 @@ class Shadows:
             if self._pairs is not None:
                 await self._pairs.grade(ex, mine, others)
         except Exception:  # noqa: BLE001 reason: nobody waits for this task, so nobody else would hear of it
-            _log.exception("the mirror of request %s failed", ex.request_id)
+            _log.exception("the mirror of a request failed", extra=about_request(ex))
         finally:
             budget.running -= 1
 
@@ -169,10 +173,15 @@ class Shadows:
         guard = Guard(_nobody_leaves, total_s, self._deadlines)
         outcome, status = Outcome.CLIENT_CLOSED, 499  # what it is when we leave in the middle of it
         try:
-            replica = self._pools.pick(ex.served)
+            upstream: Upstream | None = ex.served
+            if ex.served.cascade is not None:
+                upstream = await self._cascades.first(ex, guard, _nowhere)
+            if upstream is None:
+                return
+            replica = self._pools.pick(upstream)
             if replica is None:
-                raise AttemptFailed(f"{ex.served.name}: no replica is registered", status=503)
-            await self._relay.attempt(ex, ex.served, replica, guard, _nowhere, lenient=False)
+                raise AttemptFailed(f"{upstream.name}: no replica is registered", status=503)
+            await self._relay.attempt(ex, upstream, replica, guard, _nowhere, lenient=False)
         except AttemptFailed as err:
             outcome, status, ex.error = err.outcome, err.status, str(err)
         except RequestRefused as err:

@@ -24,6 +24,7 @@ from serve.router.config import RouterConfig
 from serve.router.keysync import KeySync
 from serve.router.ledger import Ledger
 from serve.router.metrics import Metrics
+from serve.router.names import stack_name
 from serve.router.pool import Pools
 from serve.router.table import RouteTable
 from serve.state.keys import KeyState
@@ -74,6 +75,7 @@ class StateSync:
 
     async def start(self) -> None:
         """Look once (a store that is down does not stop the router from starting) and begin."""
+        self._metrics.state_read.set_to_current_time()  # one that never reads is as late as it is old
         await self._poll()
         self._tasks = [asyncio.create_task(self._poll_forever()), asyncio.create_task(self._flush_forever())]
 
@@ -111,12 +113,15 @@ class StateSync:
         seen = await self._in_thread("read splits", self._read)
         if seen is None:
             return
+        self._metrics.state_read.set_to_current_time()
         try:
             self._pools.apply(seen.endpoints)
         except ConfigError as err:
             _log.error("an endpoint in the state store is not a URL: %s", err)
         if self._table.apply(seen.splits, seen.settings):
             self._changed.set()
+        replicas = {name: len(self._pools.replicas(u)) for name, u in self._table.upstreams().items()}
+        self._metrics.splits.count(replicas, self._table.waiting())
 
     async def _poll_keys(self, keys: KeySync) -> None:
         seen = await self._in_thread("read keys", lambda: keys.read(self._open_keys()))
@@ -124,9 +129,10 @@ class StateSync:
             keys.apply(seen)
 
     async def _flush(self) -> None:
-        here = {"address": self._address, "pid": os.getpid()}
+        here = {"address": self._address, "pid": os.getpid(), "stack": stack_name()}
         report = self._table.report(self._replica).model_copy(update=here)
         await self._in_thread("write evidence", lambda: self._write(report))
+        self._metrics.ledger_backlog.set(self._ledger.backlog())
         if (keys := self._keys) is not None:
             counted = keys.unwritten()
             written = await self._in_thread("write usage", lambda: keys.write(self._open_keys(), counted))

@@ -45,14 +45,19 @@ class Route:
         """Where a request counts: a student's for its own rollout, the stable arm's for every one."""
         return self._evidence.get((assigned.arm, assigned.slot), ())
 
-    def headers(self, assigned: Assignment, served: Upstream) -> list[tuple[bytes, bytes]]:
-        """Response headers that say which arm was assigned and which upstream's model answered."""
-        key = (assigned.arm, assigned.slot, served.name)
+    def headers(
+        self, assigned: Assignment, served: Upstream, by: Upstream | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Response headers that say which arm was assigned and which upstream's model answered.
+
+        `by`: of a serving cascade, the one of its two that answers.
+        """
+        key = (assigned.arm, assigned.slot, served.name if by is None else f"{served.name}/{by.name}")
         lines = self._headers.get(key)
         if lines is None:
             lines = [
                 (b"x-stillhouse-arm", assigned.arm.value.encode()),
-                (b"x-stillhouse-model", _header_value(served.model)),
+                (b"x-stillhouse-model", _header_value((by or served).model)),
                 (b"x-stillhouse-split", str(self.split.version).encode()),
             ]
             if served is not self.upstream(assigned.arm, assigned.slot):
@@ -71,11 +76,11 @@ class Route:
         return self._holds[assigned.arm, assigned.slot]
 
     def _held_by(self, arm: Arm, slot: int) -> tuple[str, ...]:
-        names = [self.split.stable.name, *(u.name for u in self.settings.fallbacks)]
+        asked = [self.split.stable, *self.settings.fallbacks]
         student = self.upstream(arm, slot) if arm is Arm.CANARY else None
         if student is not None:
-            names.append(student.name)
-        return tuple(dict.fromkeys(names))
+            asked.append(student)
+        return tuple(dict.fromkeys(each.name for u in asked for each in (u, *u.parts)))
 
     def _keys(self, arm: Arm, *rollouts: str | None) -> tuple[EvidenceKey, ...]:
         split = self.split
@@ -102,6 +107,20 @@ class RouteTable:
     def resolve(self, name: str) -> Route | None:
         """As `get`; a name nobody knows is the default route's, where there is one."""
         return self._by_name.get(name) or self._default
+
+    def upstreams(self) -> dict[str, Upstream]:
+        """Every upstream that a route may ask, by name: arms, fallbacks, shadows; of a cascade its two."""
+        found: dict[str, Upstream] = {}
+        for route in self._routes.values():
+            shadow = [] if route.settings.shadow is None else [route.settings.shadow.upstream]
+            asked = (*route.settings.fallbacks, *shadow, *route.split.upstreams)
+            found |= {part.name: part for u in asked for part in u.parts}
+        return found
+
+    def waiting(self) -> dict[str, int]:
+        """Route → requests that wait for a place; 0 where nothing is bounded."""
+        limiters = self._limiters
+        return {name: limiters[name].waiting if name in limiters else 0 for name in self._routes}
 
     def names(self) -> list[str]:
         """Every route's name, sorted."""
@@ -172,10 +191,12 @@ class RouteTable:
             self._held[name] += 1
         return names
 
-    def hold_upstream(self, name: str) -> tuple[str, ...]:
+    def hold_upstream(self, upstream: Upstream) -> tuple[str, ...]:
         """Something that is no client's request uses an upstream; a drain waits for it all the same."""
-        self._held[name] += 1
-        return (name,)
+        names = tuple(dict.fromkeys(each.name for each in (upstream, *upstream.parts)))
+        for name in names:
+            self._held[name] += 1
+        return names
 
     def release(self, names: tuple[str, ...]) -> None:
         """The request ended."""

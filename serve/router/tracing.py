@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from contracts.errors import ConfigError
+from contracts.logs import about
 from serve.router.config import TracingConfig
 from serve.router.errors import RequestRefused
 from serve.router.exchange import Exchange
@@ -132,7 +133,7 @@ class Tracer:
                 self._record_refusal(*item)
         except Exception:  # noqa: BLE001 reason: one odd request must not end the traces of all others
             which = item if isinstance(item, Exchange) else item[0]
-            _log.exception("request %s has no span", which.request_id)
+            _log.exception("a request has no span", extra=about(which.request_id))
 
     def _record(self, ex: Exchange) -> None:
         from opentelemetry.trace import StatusCode

@@ -69,18 +69,27 @@ class Workers:
             signal.signal(number, self._stop)
         try:
             for listener in self._sockets:
-                self._running.append(self._start(listener))
+                if self._stopping:
+                    break
                 self._started.append(time.monotonic())
+                self._running.append(self._start(listener))
+                if self._stopping:  # the signal may have come before this one was in the list
+                    self._running[-1].send_signal(signal.SIGTERM)
             while not self._stopping or any(p.poll() is None for p in self._running):
                 self._revive()
                 time.sleep(_LOOK_S)
-            return max(abs(int(p.returncode)) for p in self._running)
+            return max((self._code(p) for p in self._running), default=0)
         finally:
             for process in self._running:
                 if process.poll() is None:
                     process.kill()
             if self._own_dir is not None:
                 shutil.rmtree(self._own_dir, ignore_errors=True)
+
+    def _code(self, process: subprocess.Popen[bytes]) -> int:
+        """How a process ended; one that was asked to stop before it could hear of it has stopped as asked."""
+        as_asked = self._stopping > 0 and process.returncode == -signal.SIGTERM
+        return 0 if as_asked else abs(int(process.returncode))
 
     def _revive(self) -> None:
         """Start again what died, on the socket it had; not at once if it dies as soon as it starts."""

@@ -1,9 +1,12 @@
 """What one of the stack's own HAProxy processes is told: its configuration file, and changes while it runs.
 
-Pure text. The options of a connection are those that Ray Serve gives its HAProxy (timeouts, retries, reuse,
-no header added), so a client cannot tell which of them it talks to. Routers come and go by HAProxy's runtime
-API and not by reloads: after a reload the old process would keep its list of servers, check none of them any
-more, and its streams would be cut when its time is over. Knows nothing about processes, Ray or the store.
+Pure text. The options of a connection are those that Ray Serve gives its HAProxy (timeouts, reuse, no header
+added), so a client cannot tell which of them it talks to. One more: a request whose router died before the
+first byte of an answer goes to another one (`empty-response`), as far as HAProxy holds it (16 kB). The dead
+one counted nothing for it, since a router counts when a request ends; feedback it may have stored, so that
+is not sent again. Routers come and go by HAProxy's runtime API and not by reloads: after a reload the old
+process would keep its list of servers, check none of them any more, and its streams would be cut when its
+time is over. Knows nothing about processes, Ray or the store.
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ defaults
     option http-no-delay
     option idle-close-on-response
     option redispatch 1
-    retry-on conn-failure
+    retry-on conn-failure empty-response
+    option http-buffer-request
     balance leastconn
     http-reuse always
     http-check expect status 200
@@ -92,6 +96,7 @@ frontend public
     use_backend {BACKEND} if {{ nbsrv({BACKEND}) gt 0 }}
     default_backend ray
 backend {BACKEND}
+    http-request disable-l7-retry if {{ path -m beg /v1/feedback }}
     option httpchk GET /-/healthz
     default-server {_CHECK}
 {servers}

@@ -50,9 +50,9 @@ _START_S = 60.0
 class Front:
     """Made and started by the supervisor, in this order: `bind`, `start`, `check` now and then, `stop`."""
 
-    def __init__(self, config: ServeConfig, rays_port: int) -> None:
+    def __init__(self, config: ServeConfig, rays_port: int, stack_id: str) -> None:
         """`rays_port`: where Ray Serve's own HAProxy listens on this machine."""
-        self._config, self._rays_port = config, rays_port
+        self._config, self._rays_port, self._stack_id = config, rays_port, stack_id
         self._folder = config.ray_dir / "front"
         self._listener: socket.socket | None = None
         self._pair: list[_Process] = []
@@ -140,9 +140,10 @@ class Front:
             _log.warning("the front cannot ask for routers and keeps those it knows: %s", err)
 
     def _routers(self) -> list[RouterAddress]:
-        """Those that said where they listen and whose process lives here; hosts may share a store."""
-        there = sorted(self._known.values(), key=lambda r: r.replica)
-        return [RouterAddress.of(r.replica, r.address) for r in there if r.address is not None and _lives(r)]
+        """Those of this stack that said where they listen and that live; stacks may share a store."""
+        ours = [r for r in self._known.values() if r.stack == self._stack_id and _lives(r)]
+        there = sorted(ours, key=lambda r: r.replica)
+        return [RouterAddress.of(r.replica, r.address) for r in there if r.address is not None]
 
 
 class _Process:

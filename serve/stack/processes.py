@@ -12,8 +12,7 @@ import time
 import psutil
 
 from contracts.errors import ConfigError
-
-MARKER = "STILLHOUSE_STACK_ID"
+from serve.router.names import STACK_ENV as MARKER
 
 
 def stack_processes(stack_id: str) -> list[psutil.Process]:

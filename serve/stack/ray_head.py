@@ -61,6 +61,7 @@ def start_ray(config: ServeConfig, stack_id: str) -> str:
     own = {
         "num_cpus": config.ray.num_cpus,
         "num_gpus": config.ray.num_gpus,
+        "resources": dict(config.ray.resources),
         "include_dashboard": False,
         "object_store_memory": config.ray.object_store_mb * 2**20,
         "_temp_dir": str(config.ray_dir),

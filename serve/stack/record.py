@@ -18,6 +18,23 @@ from serve.config import ServeConfig
 FILE = "stack.json"
 
 
+class NodeRecord(Record):
+    """A further node of the stack's Ray."""
+
+    name: str
+    pid: int
+    """Of the process that all others of the node descend from."""
+    started_at: float
+    starts: int
+    """How often it was started: once, and again after each time it died."""
+    resources: dict[str, float] = {}
+
+    @property
+    def alive(self) -> bool:
+        """True while its process lives."""
+        return lives(self.pid, self.started_at)
+
+
 class StackRecord(Record):
     """One stack. `phase`: starting, ready, stopping or failed."""
 
@@ -38,17 +55,22 @@ class StackRecord(Record):
     token_file: str | None = None
     ray_dir: str | None = None
     """Ray's temporary folder when it is ours to delete."""
+    nodes: tuple[NodeRecord, ...] = ()
+    """Further nodes of a Ray of our own."""
 
     @property
     def supervised(self) -> bool:
         """True while the supervisor's process lives."""
-        try:
-            process = psutil.Process(self.pid)
-            return (
-                abs(process.create_time() - self.pid_started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return False
+        return lives(self.pid, self.pid_started)
+
+
+def lives(pid: int, created_at: float) -> bool:
+    """True while the process made at this time lives; its pid alone may be somebody else's by now."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - created_at) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def record_path(config: ServeConfig) -> Path:

@@ -23,6 +23,7 @@ from serve.router.haproxy import free_ports
 from serve.stack import ray_head
 from serve.stack.admin import AdminProcess, stack_key
 from serve.stack.front import Front
+from serve.stack.nodes import Nodes
 from serve.stack.processes import check_port_free, end_processes
 from serve.stack.record import StackRecord, read_record, record_path, write_record
 
@@ -38,9 +39,8 @@ class Supervisor:
         self._config, self._tell, self._reset_routes = config, say, reset_routes
         self._stop = threading.Event()
         self._head: list[psutil.Process] = []
-        self._admin = AdminProcess(config)
+        self._admin, self._nodes = AdminProcess(config), Nodes(config)
         self._rays_port = free_ports(1)[0] if config.own_front else None
-        self._front = Front(config, self._rays_port) if self._rays_port is not None else None
         me = psutil.Process()
         self.record = StackRecord(
             stack_id=uuid.uuid4().hex,
@@ -52,6 +52,8 @@ class Supervisor:
             started_at=time.time(),
             ray_dir=str(config.ray_dir) if config.ray.address is None else None,
         )
+        port = self._rays_port
+        self._front = Front(config, port, self.record.stack_id) if port is not None else None
 
     def run(self, on_ready: Callable[[StackRecord], None]) -> None:
         """Start, call `on_ready` once a completion was answered, stay until a signal, then end everything.
@@ -110,6 +112,10 @@ class Supervisor:
         self._head = ray_head.head_processes()
         self._update(ray_address=address, token_file=str(token) if token else None)
         self._check_stop()
+        if self._config.ray.nodes:
+            self._say(f"starting {', '.join(self._config.ray.nodes)}: further nodes of Ray")
+        self._nodes.start(address, lambda: self._check_stop())
+        self._update(nodes=self._nodes.records)
         self._say("starting Ray Serve")
         ray_head.start_serve(self._config, self._rays_port)
         if self._front is not None:
@@ -171,6 +177,8 @@ class Supervisor:
     def _stay(self) -> None:
         while not self._stop.wait(1.0):
             self._check_head()
+            if self._nodes.keep():
+                self._update(nodes=self._nodes.records)
             self._admin.keep()
             if self._front is not None:
                 self._front.check()
@@ -194,6 +202,7 @@ class Supervisor:
         if self._front is not None:
             self._front.stop()
         self._say("ending Ray")
+        self._nodes.stop()
         import ray
 
         ray.shutdown()

@@ -1,16 +1,19 @@
 """Schema and engine of the state store: SQLite by default, PostgreSQL by URL.
 
 Everything the data plane and the control plane share goes through these tables. Knows nothing about
-what the rows mean; see traffic.py and rollouts.py beside it.
+what the rows mean; see traffic.py and rollouts.py beside it, and migrations.py for older schemas.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     Index,
@@ -31,10 +34,13 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from contracts.errors import StateError
 from contracts.sqlite import use_wal
+from serve.state.migrations import SCHEMA_VERSION, Step, check_version, migrate, stored_version
 
-SCHEMA_VERSION = 3
 _SCHEMA_LOCK = 0x57111_405E
-"""PostgreSQL's advisory lock while the schema is created; any number of ours does."""
+"""PostgreSQL's advisory lock while the schema is created or upgraded; any number of ours does."""
+
+_LOCK_S = 30
+"""Seconds an upgrade of the schema waits for PostgreSQL's lock of a table that others use."""
 
 metadata = MetaData()
 
@@ -229,29 +235,21 @@ _CONNECT_S = 5
 
 
 def open_state(url: str) -> Engine:
-    """Open (and create if need be) the state store.
+    """Open the state store; create it, or bring its schema up to date, if need be.
 
     Args:
         url: SQLAlchemy URL, e.g. ``sqlite:////var/lib/stillhouse/state.db`` or ``postgresql+psycopg://…``.
 
     Raises:
-        StateError: unreachable, or its schema is of another version.
+        StateError: unreachable, or its schema is of a newer release.
     """
-    try:
-        name = make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:  # it quotes the URL, and may have a password in the wrong place
-        raise StateError(
-            "the state store's URL is no database URL; sqlite:////folder/state.db or "
-            "postgresql+psycopg://user:password@host/database are."
-        ) from None
+    name = shown(url)
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        remote = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
-        engine = create_engine(url, **({} if url.startswith("sqlite") else remote))
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", _sqlite_pragmas)
-        _create_schema(engine)
+        engine = _engine(url)
+        with write_alone(engine) as db:
+            bring_up(db)
     except (SQLAlchemyError, ImportError, OSError) as err:
         raise StateError(
             f"state store {name!r} cannot be opened: {err}. Check the URL and that it is writable."
@@ -259,19 +257,68 @@ def open_state(url: str) -> Engine:
     return engine
 
 
-def _create_schema(engine: Engine) -> None:
-    """Create what is missing, one process at a time: between two that look first, both would create it."""
+def look_at_state(url: str) -> tuple[Engine, int | None]:
+    """Connect without creating or changing anything; with the schema version found, None for no tables.
+
+    Raises:
+        StateError: unreachable, or there is no such file.
+    """
+    name = shown(url)
+    try:
+        file = url.removeprefix("sqlite:///")
+        if file != url and not Path(file).is_file():
+            raise StateError(f"there is no state store at {name!r}.")
+        engine = _engine(url)
+        with engine.connect() as db:
+            return engine, stored_version(db)
+    except (SQLAlchemyError, ImportError, OSError) as err:
+        raise StateError(f"state store {name!r} cannot be read: {err}. Check the URL.") from err
+
+
+def shown(url: str) -> str:
+    """A store's URL without its password. Raises: StateError when it is none."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:  # it quotes the URL, and may have a password in the wrong place
+        raise StateError(
+            "the state store's URL is no database URL; sqlite:////folder/state.db or "
+            "postgresql+psycopg://user:password@host/database are."
+        ) from None
+
+
+@contextmanager
+def write_alone(engine: Engine) -> Iterator[Connection]:
+    """A transaction that only one process has at a time: who creates or upgrades, looks before it does."""
     with engine.begin() as db:
         if engine.dialect.name == "sqlite":
             db.exec_driver_sql("BEGIN IMMEDIATE")
         else:
             db.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-        metadata.create_all(db, checkfirst=True)
-        found = db.execute(select(schema_table.c.version)).scalar()
-        if found is None:
-            db.execute(insert(schema_table).values(version=SCHEMA_VERSION))
-        elif found != SCHEMA_VERSION:
-            raise StateError(f"state store has schema version {found}, this release needs {SCHEMA_VERSION}.")
+            db.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_S}s'")
+        yield db
+
+
+def bring_up(db: Connection) -> list[Step]:
+    """Create what is missing and upgrade what is older, within `write_alone`; the steps that were needed.
+
+    Raises: StateError when the schema is of a newer release, or older than can be upgraded.
+    """
+    found = stored_version(db)
+    if found is not None:
+        check_version(found)
+    metadata.create_all(db, checkfirst=True)
+    if found is None:
+        db.execute(insert(schema_table).values(version=SCHEMA_VERSION))
+        return []
+    return migrate(db, metadata, found)
+
+
+def _engine(url: str) -> Engine:
+    remote = {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S}}
+    engine = create_engine(url, **({} if url.startswith("sqlite") else remote))
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _sqlite_pragmas)
+    return engine
 
 
 def _sqlite_pragmas(connection: object, _record: object) -> None:

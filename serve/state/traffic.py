@@ -6,9 +6,10 @@ Every method is one short transaction. Knows nothing about HTTP, Ray or statisti
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, Engine, Select, and_, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Select, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from contracts.config import Record
@@ -16,6 +17,9 @@ from contracts.errors import ConflictError
 from contracts.rollout import LedgerEntry
 from contracts.traffic import Split
 from serve.state.tables import endpoints, ledger, routers, splits
+
+GUEST = "adapter:"
+"""How the replica's name begins in an adapter's registration."""
 
 
 class Endpoint(Record):
@@ -26,6 +30,11 @@ class Endpoint(Record):
     url: str
     pid: int
     seen_at: float
+
+    @property
+    def guest(self) -> bool:
+        """True for an adapter's place: the engine behind it is another application's."""
+        return self.replica.startswith(GUEST)
 
 
 class RouterReport(Record):
@@ -39,6 +48,8 @@ class RouterReport(Record):
     address: str | None = None
     """host:port at which its own machine reaches it; None until it listens, and behind another server."""
     pid: int | None = None
+    stack: str | None = None
+    """The stack it belongs to; several may share a store, on one machine as well."""
     seen_at: float = 0.0
 
 
@@ -107,6 +118,12 @@ class TrafficState:
                 where = and_(where, endpoints.c.replica == replica)
             db.execute(delete(endpoints).where(where))
 
+    def drop_stale_endpoints(self, older_than_s: float, app: str | None = None) -> None:
+        """Forget replicas (of one application, or of all) whose last heartbeat is older than this."""
+        where = endpoints.c.seen_at < time.time() - older_than_s
+        with self._engine.begin() as db:
+            db.execute(delete(endpoints).where(where if app is None else and_(where, endpoints.c.app == app)))
+
     def endpoints(self, max_age_s: float | None = None) -> dict[str, list[Endpoint]]:
         """Application → its replicas, only those seen within `max_age_s` when given."""
         query = select(endpoints).order_by(endpoints.c.app, endpoints.c.replica)
@@ -144,22 +161,23 @@ class TrafficState:
 
     def append_ledger(self, entries: Iterable[LedgerEntry]) -> None:
         """Append entries; one already stored (same replica and seq) stays as it is, so retries are safe."""
+        rows = [
+            {
+                "replica": entry.replica,
+                "seq": entry.seq,
+                "route": entry.route,
+                "rollout_id": entry.rollout_id,
+                "at": entry.at,
+                "body": entry.model_dump_json(),
+            }
+            for entry in entries
+        ]
+        if not rows:
+            return
+        # One statement for all of them: with a savepoint an entry, each would be three round trips.
+        make = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
         with self._engine.begin() as db:
-            for entry in entries:
-                try:
-                    with db.begin_nested():
-                        db.execute(
-                            insert(ledger).values(
-                                replica=entry.replica,
-                                seq=entry.seq,
-                                route=entry.route,
-                                rollout_id=entry.rollout_id,
-                                at=entry.at,
-                                body=entry.model_dump_json(),
-                            )
-                        )
-                except IntegrityError:
-                    continue
+            db.execute(make(ledger).on_conflict_do_nothing(), rows)
 
     def read_ledger(self, route: str, rollout_id: str, cursor: dict[str, int]) -> list[LedgerEntry]:
         """Entries of a rollout not yet consumed: per replica, those above its cursor, in order.
@@ -167,13 +185,16 @@ class TrafficState:
         A replica commits its own entries in order, so a per-replica cursor never skips a late commit
         (one global cursor would, under PostgreSQL).
         """
-        query = select(ledger.c.body).where(ledger.c.route == route, ledger.c.rollout_id == rollout_id)
-        if cursor:
-            seen = [and_(ledger.c.replica == r, ledger.c.seq > s) for r, s in cursor.items()]
-            query = query.where(or_(ledger.c.replica.notin_(list(cursor)), *seen))
-        query = query.order_by(ledger.c.replica, ledger.c.seq)
+        mine = select(ledger.c.body).where(ledger.c.route == route, ledger.c.rollout_id == rollout_id)
+        seen = [and_(ledger.c.replica == r, ledger.c.seq > s) for r, s in cursor.items()]
+        # In pieces: SQLite takes no expression of a thousand terms, and a long rollout outlives many routers.
+        known = [or_(*seen[i : i + 500]) for i in range(0, len(seen), 500)]
+        found: list[LedgerEntry] = []
         with self._engine.connect() as db:
-            return [LedgerEntry.model_validate_json(body) for (body,) in db.execute(query)]
+            for where in (ledger.c.replica.notin_(list(cursor)), *known):
+                rows = db.execute(mine.where(where))
+                found += [LedgerEntry.model_validate_json(body) for (body,) in rows]
+        return sorted(found, key=lambda entry: (entry.replica, entry.seq))
 
     def ledger_ends(self) -> dict[str, int]:
         """Writer → its last sequence number: two index seeks a writer, however long the ledger is."""
@@ -192,10 +213,31 @@ class TrafficState:
                 found += [LedgerEntry.model_validate_json(body) for (body,) in db.execute(query)]
         return found
 
-    def prune_ledger(self, older_than_s: float) -> int:
-        """Delete entries older than this; returns how many."""
+    def prune_ledger(self, before: float, cursors: Mapping[str, Mapping[str, int]], limit: int) -> int:
+        """Delete the oldest entries from before a time (Unix seconds) that no rollout will read.
+
+        Args:
+            cursors: active rollout → replica → last sequence number it has consumed; what is beyond stays.
+            limit: how many entries are looked at.
+
+        Returns: how many were deleted.
+        """
+        oldest = (
+            select(ledger.c.replica, ledger.c.seq, ledger.c.rollout_id)
+            .where(ledger.c.at < before)
+            .order_by(ledger.c.at)
+            .limit(limit)
+        )
         with self._engine.begin() as db:
-            return db.execute(delete(ledger).where(ledger.c.at < time.time() - older_than_s)).rowcount
+            gone = [
+                {"r": replica, "s": seq}
+                for replica, seq, rollout in db.execute(oldest)
+                if rollout not in cursors or seq <= cursors[rollout].get(replica, 0)
+            ]
+            if gone:
+                mine = and_(ledger.c.replica == bindparam("r"), ledger.c.seq == bindparam("s"))
+                db.execute(delete(ledger).where(mine), gone)
+        return len(gone)
 
 
 def _ledger_ends() -> Select[tuple[str, int]]:

@@ -10,12 +10,12 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from contracts.metrics import ArmCounts, MetricKind, MetricSpec
 from contracts.model import ModelRecord
@@ -40,6 +40,7 @@ _FLAGS = (
 )  # fmt: skip
 TICK_S = 0.2
 SLOW_MS = 30_000
+expect.set_options(timeout=SLOW_MS)  # the default of 5 s is a bet on how busy the machine is
 BIG = Upstream(name="big-teacher", model="big", url="http://127.0.0.1:9")
 
 
@@ -73,7 +74,7 @@ class ConsoleStack:
         self.key_id, self.key = self._admin_key()
         self.controller = Controller(self.engine, FakeDeployer(), holder="controller-1", lease_ttl_s=3.0)
         self.canary, self.per_s = GOOD, 120.0
-        self.paused = False
+        self._ticking = threading.Lock()
         self._stop = threading.Event()
         self._rng = np.random.default_rng(7)
         self._seq = 0
@@ -109,6 +110,10 @@ class ConsoleStack:
         self.rollouts.create(spec, initial(spec))
         return spec
 
+    def paused(self) -> AbstractContextManager[object]:
+        """Nothing ticks in this block, a tick that had begun included."""
+        return self._ticking
+
     def close(self) -> None:
         """End the thread and the process."""
         self._stop.set()
@@ -123,7 +128,7 @@ class ConsoleStack:
 
     def _tick_until_stopped(self) -> None:
         while not self._stop.wait(TICK_S):
-            if not self.paused:
+            with self._ticking:
                 self._serve()
                 self.controller.tick()
 

@@ -24,6 +24,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     name: ClassVar[str] = ""
     status: ClassVar[int] = 200
     go: ClassVar[threading.Event] = threading.Event()
+    held: ClassVar[list[str]] = []
+    """Paths of requests that wait for `go`."""
 
     def do_GET(self) -> None:
         if self.path in ("/-/healthz", "/health"):
@@ -31,6 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path.startswith("/status/"):
             Handler.status = int(self.path.rpartition("/")[2])
             self._send(200, {})
+        elif self.path == "/held":
+            self._send(200, {"paths": Handler.held})
         elif self.path == "/go":
             Handler.go.set()
             self._send(200, {})
@@ -41,6 +45,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if body.get("stream"):
             return self._stream()
+        if body.get("wait") and not Handler.go.is_set():
+            Handler.held.append(self.path)
+            Handler.go.wait(60)
         message = {"role": "assistant", "content": self.name}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         seen = {"headers": {k.lower(): v for k, v in self.headers.items()}, "bytes": len(json.dumps(body))}
@@ -102,12 +109,21 @@ class FakeRouter:
 
         assert get(f"http://127.0.0.1:{self.port}{path}")[0] == 200
 
+    def held(self) -> list[str]:
+        """Paths of the requests that it has and does not answer."""
+        from tests.integration.router_rig import get
+
+        return list(json.loads(get(f"http://127.0.0.1:{self.port}/held")[1])["paths"])
+
     def kill(self) -> None:
         """SIGKILL."""
         self.process.kill()
         self.process.wait(10)
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+STACK = "the-stack"
 
 
 class FrontWorld:
@@ -130,7 +146,7 @@ class FrontWorld:
         self._report()
         self._reporter = threading.Thread(target=self._keep_reporting)
         self._reporter.start()
-        self.front = Front(self.config, self.ray.port)
+        self.front = Front(self.config, self.ray.port, STACK)
         self.front.bind()
         self.front.start()
 
@@ -143,7 +159,8 @@ class FrontWorld:
 
         for router in list(self.routers):
             address, pid = f"127.0.0.1:{router.port}", router.process.pid
-            self.state.report_router(RouterReport(replica=router.replica, address=address, pid=pid))
+            report = RouterReport(replica=router.replica, address=address, pid=pid, stack=STACK)
+            self.state.report_router(report)
 
     def leave(self, router: FakeRouter) -> None:
         """It takes itself off the list, as a router does at its end."""
@@ -156,10 +173,10 @@ class FrontWorld:
 
         return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "-", "timeout": 30, **options})
 
-    def ask(self, client: Any) -> str:
+    def ask(self, client: Any, **more: Any) -> str:
         """The name of the router that answered."""
         messages = [{"role": "user", "content": "hello"}]
-        answer = client.chat.completions.create(model="support", messages=messages)
+        answer = client.chat.completions.create(model="support", messages=messages, **more)
         return str(answer.choices[0].message.content)
 
     def known(self, name: str) -> list[str]:

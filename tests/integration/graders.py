@@ -23,3 +23,13 @@ def share_of_tocks(request: dict[str, Any], text: str) -> float:
     """A score between: which share of the words is `tock`."""
     words = text.split()
     return words.count("tock") / len(words)
+
+
+def fails(request: dict[str, Any], text: str) -> float:
+    """A grader that is broken."""
+    raise RuntimeError("asked for")
+
+
+def abstains(request: dict[str, Any], text: str) -> bool | None:
+    """A grader that has no opinion."""
+    return None

@@ -25,6 +25,7 @@ from serve.state.traffic import TrafficState
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "demo" / "models" / "tokenizer"
 ENGINE = {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_bytes": 67108864, "enforce_eager": True}
+ROOM = {"max_loras": 2, "max_lora_rank": 8}
 POLICY = {
     "steps": [
         {"weight": 0.3, "min_samples": 10, "min_dwell_s": 4},
@@ -44,27 +45,35 @@ class LiveStack:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.teacher, self.student = folder / "teacher", folder / "student"
-        make_model(self.teacher, seed=1)
-        make_model(self.student, seed=2)
+        self.make_models()
         self.config_path = folder / "stack.yaml"
-        self.config_path.write_text(
-            yaml.safe_dump(
-                {
-                    "run_dir": str(folder / "run"),
-                    "http": {"port": free_port()},
-                    "upstreams": {
-                        "teacher": {"engine": {"model": str(self.teacher), "num_replicas": 2, **ENGINE}}
-                    },
-                    "routes": {"support": "teacher"},
-                    "router": {"replicas": 2},
-                    "students": {**ENGINE, "drain_timeout_s": 20},
-                    "policies": {"default": POLICY},
-                }
-            )
-        )
+        self.config_path.parent.mkdir(parents=True, exist_ok=True)
+        self.config_path.write_text(yaml.safe_dump(self.settings()))
         self.config: ServeConfig = load_serve_config(self.config_path)
         engine = open_state(self.config.state_url)
         self.traffic, self.rollouts = TrafficState(engine), RolloutState(engine)
+
+    def make_models(self) -> None:
+        """The two checkpoints."""
+        make_model(self.teacher, seed=1)
+        make_model(self.student, seed=2)
+
+    def settings(self) -> dict[str, Any]:
+        """What its configuration file says."""
+        return {
+            "run_dir": str(self.folder / "run"),
+            "http": {"port": free_port()},
+            "upstreams": {
+                "teacher": {
+                    "engine": {"model": str(self.teacher), "num_replicas": 2, "lora": ROOM, **ENGINE},
+                    "cost": {"prompt_per_million": 2, "completion_per_million": 8},
+                }
+            },
+            "routes": {"support": "teacher", "adapted": "teacher"},
+            "router": {"replicas": 2},
+            "students": {**ENGINE, "drain_timeout_s": 20, "cost": {"per_hour": 0.5}},
+            "policies": {"default": POLICY},
+        }
 
     @property
     def url(self) -> str:
@@ -171,23 +180,30 @@ class LiveStack:
         """The latest rollout."""
         return self.rollouts.history()[-1]
 
-    def publish_student(self) -> str:
-        """Put the tiny student into the registry as one that passed its gates; returns its reference."""
+    def publish_student(self, name: str = "tiny", folder: Path | None = None) -> str:
+        """Put a student into the registry as one that passed its gates; returns its reference."""
         from contracts.gates import Gate, judge
         from contracts.model import Artifact, EvalReport, ModelRecord
+        from registry.adapter import is_adapter, read_adapter
         from registry.digest import digest_folder
         from registry.mlflow_store import MlflowRegistry
 
-        size = sum(f.stat().st_size for f in self.student.iterdir())
+        student = folder or self.student
+        size = sum(f.stat().st_size for f in student.iterdir())
         artifact = Artifact(
-            uri=str(self.student), digest=digest_folder(self.student), precision="bf16", bytes=size, params=1
+            uri=str(student),
+            digest=digest_folder(student),
+            precision="bf16",
+            bytes=size,
+            params=1,
+            adapter=read_adapter(student) if is_adapter(student) else None,
         )
         gates = judge([Gate(metric="accuracy", at_least=0.5)], {"accuracy": 1.0})
         report = EvalReport(
             metrics={"accuracy": 1.0}, samples=1, dataset_digest="-", engine="none", gates=gates
         )
-        record = ModelRecord(name="tiny", artifact=artifact, evaluation=report, created_at=time.time())
-        return MlflowRegistry(self.config.registry_uri).publish(record, self.student).ref
+        record = ModelRecord(name=name, artifact=artifact, evaluation=report, created_at=time.time())
+        return MlflowRegistry(self.config.registry_uri).publish(record, student).ref
 
 
 def make_model(folder: Path, seed: int) -> None:

@@ -125,6 +125,7 @@ def test_old_data_is_called_old_until_the_server_is_back(own_console: ConsoleSta
     watched = watch(browser, own_console)
     page = watched.log_in(f"#/rollouts/{rollout_id}")
     expect(page.locator("#connection-text")).to_have_text("Live")
+    expect(phase(page)).to_have_text("ramping")  # live comes first: nothing shown yet cannot be old
     watched.refusals_expected = True
     port = int(own_console.admin.url.rsplit(":", 1)[1])
     own_console.admin.stop()
@@ -139,13 +140,12 @@ def test_old_data_is_called_old_until_the_server_is_back(own_console: ConsoleSta
     own_console.admin = own_console.start_admin(port)
     expect(banner).to_be_hidden(timeout=SLOW_MS)
     expect(page.get_by_role("button", name="pause")).not_to_have_attribute("aria-disabled", "true")
-    own_console.paused = True
-    with own_console.engine.begin() as db:
-        db.exec_driver_sql("ALTER TABLE splits RENAME TO elsewhere")
-    expect(banner).to_contain_text("The state store cannot be reached at the moment.", timeout=SLOW_MS)
-    with own_console.engine.begin() as db:
-        db.exec_driver_sql("ALTER TABLE elsewhere RENAME TO splits")
-    own_console.paused = False
+    with own_console.paused():
+        with own_console.engine.begin() as db:
+            db.exec_driver_sql("ALTER TABLE splits RENAME TO elsewhere")
+        expect(banner).to_contain_text("The state store cannot be reached at the moment.", timeout=SLOW_MS)
+        with own_console.engine.begin() as db:
+            db.exec_driver_sql("ALTER TABLE elsewhere RENAME TO splits")
     expect(banner).to_be_hidden(timeout=SLOW_MS)
     watched.check()
     page.context.close()
@@ -201,9 +201,10 @@ def test_every_view_is_named_ordered_and_readable(
     page.goto(f"{own_console.console}#/history")
     page.get_by_role("row").nth(2).wait_for()
     audit(page, "history")
-    own_console.paused = True
-    expect(page.locator("#banner")).to_be_visible(timeout=SLOW_MS) if own_console.rollouts.active() else None
-    audit(page, "banner")
+    ramping(own_console, "standing")
+    with own_console.paused():
+        expect(page.locator("#banner")).to_contain_text("No controller is acting", timeout=SLOW_MS)
+        audit(page, "banner")
     watched.check()
     page.context.close()
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,9 +19,10 @@ import psutil
 import pytest
 
 from serve.config import ServeConfig
+from serve.router.names import host_name
 from serve.stack.processes import check_port_free
 from serve.state.traffic import RouterReport
-from tests.integration.front_rig import ROOT, FrontWorld, front_config
+from tests.integration.front_rig import ROOT, STACK, FrontWorld, front_config
 from tests.integration.router_rig import get, wait_until
 
 pytestmark = pytest.mark.integration
@@ -128,10 +130,43 @@ def test_a_router_of_another_machine_is_not_asked(front: FrontWorld) -> None:
     """Machines may share a state store: the address in a report is good on the machine it was written on, and
     the process id as well."""
     victim = front.routers[1]
-    report = RouterReport(replica=f"elsewhere-{os.getpid()}-x", address="127.0.0.1:1", pid=os.getpid())
-    front.state.report_router(report)
+    there = {"address": "127.0.0.1:1", "pid": os.getpid(), "stack": STACK}
+    front.state.report_router(RouterReport(replica=f"elsewhere-{os.getpid()}-x", **there))
     front.leave(victim)
     wait_until("both were told", lambda: [front.known("a"), front.known("b")] == [["one"]] * 2)
+
+
+def test_a_router_of_another_stack_is_not_asked(front: FrontWorld) -> None:
+    """Two clusters of one state store, as while traffic moves from one to the other: each front has its own
+    routers, on one machine as well."""
+    here = {"address": "127.0.0.1:1", "pid": os.getpid(), "stack": "another"}
+    front.state.report_router(RouterReport(replica=f"{host_name()}-{os.getpid()}-x", **here))
+    front.leave(front.routers[1])
+    wait_until("both were told", lambda: [front.known("a"), front.known("b")] == [["one"]] * 2, 30)
+
+
+def test_a_router_killed_with_requests_in_it_costs_none_of_them(front: FrontWorld) -> None:
+    """SIGKILL of a router that has begun no answer: the other one is given its requests, and a client that
+    retries nothing never hears of it. Feedback, which it may have stored, is not given twice."""
+    one, two = front.routers
+    one.tell("/go")  # answers at once what the other one holds
+    client = front.client(max_retries=0)
+
+    def note(_: int) -> int:
+        return httpx.post(f"{front.url}/v1/feedback", json={"wait": True}, timeout=60).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(front.ask, client, extra_body={"wait": True}) for _ in range(8)]
+        noted = [pool.submit(note, i) for i in range(8)]
+        # Each goes to the one with fewer requests, so that the second, which answers none, has some of both.
+        waiting = [*asked, *noted]
+        wait_until("the rest is answered", lambda: sum(not f.done() for f in waiting) == len(two.held()) > 0)
+        held = Counter(two.held())
+        two.kill()
+        assert [a.result(60) for a in asked] == ["one"] * 8
+        lost = held["/v1/feedback"]
+        assert [n.result(60) for n in noted].count(502) == lost
+    assert held["/v1/chat/completions"] > 0
 
 
 def test_rays_own_haproxy_stands_in_and_its_404_is_never_seen(front: FrontWorld) -> None:
@@ -166,7 +201,7 @@ _ALONE = """
 import json, sys, time
 from serve.config import ServeConfig
 from serve.stack.front import Front
-front = Front(ServeConfig.model_validate(json.loads(sys.argv[1])), 1)
+front = Front(ServeConfig.model_validate(json.loads(sys.argv[1])), 1, "it")
 front.bind()
 front.start()
 print("started", flush=True)

@@ -199,6 +199,8 @@ def test_everything_is_measured_through_vllm(job: Job) -> None:
     assert 0 <= (metrics["quantized.kl_to_teacher"] or 0) < 10
     ratio = (metrics["quantized.perplexity"] or 0) / (metrics["student.perplexity"] or 1)
     assert ratio == pytest.approx(1.0, abs=0.25)
+    offline = metrics["quantized.offline_perplexity"] or 0
+    assert metrics["quantized.perplexity"] == pytest.approx(offline, rel=0.01)
     assert metrics["quantized.params"] == metrics["student.params"]
     assert (metrics["quantized.bytes"] or 0) < 0.6 * (metrics["student.bytes"] or 0)
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.stack_rig import LiveStack, free_port, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.whole, pytest.mark.timeout(600)]
 
 SENT = 40
 
@@ -78,7 +78,7 @@ def send(stack: LiveStack, count: int) -> None:
 
 def test_one_scrape_is_all_of_it(stack: LiveStack) -> None:
     """Any replica answers a scrape for both, right after the last answer and every time."""
-    before = counted(stack.metrics(), route="support")
+    before = counted(stack.metrics(), route="support", arm="stable", outcome="ok")
     send(stack, SENT)
     after = [counted(stack.metrics(), route="support", arm="stable", outcome="ok") for _ in range(6)]
     assert set(after) == {before + SENT}
@@ -87,7 +87,7 @@ def test_one_scrape_is_all_of_it(stack: LiveStack) -> None:
 def test_promql_says_what_was_sent(stack: LiveStack, server: str) -> None:
     """A real Prometheus server, asked by PromQL, has the requests of the test and not one more or less."""
     total = 'sum(stillhouse_requests_total{route="support",arm="stable",outcome="ok"})'
-    before = counted(stack.metrics(), route="support")
+    before = counted(stack.metrics(), route="support", arm="stable", outcome="ok")
     wait_until("the counts so far", lambda: query(server, total) == before)
     send(stack, SENT)
     wait_until(f"{SENT} more requests", lambda: query(server, total) == before + SENT)

@@ -119,6 +119,7 @@ def test_the_official_client_with_a_right_a_wrong_and_a_narrow_key(world: KeyWor
     )
     for path in ("/health", "/ready", "/metrics"):
         assert get(f"{router.url}{path}")[0] == 200
+    assert get(f"{router.url}/targets")[0] == 401  # addresses of engines are not for everybody
     wait_until("the rows are written", lambda: len(world.rows()) == 2)
     assert [row["key_id"] for row in world.rows()] == [key.id, narrow.id]
 

@@ -103,6 +103,31 @@ def test_sigterm_drains_every_process_and_leaves_none(world: World) -> None:
     assert not any(p.is_running() for p in mine)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_asked_to_stop_while_it_starts_it_stops(world: World, count: int) -> None:
+    """SIGTERM before any process, with one and with all on their way: a clean end, and nobody left."""
+    command = [sys.executable, "-m", "serve.router", "--config", str(world.settings()), "--port", "0"]
+    process = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT)
+    parent = psutil.Process(process.pid)
+    try:
+        wait_until("its handler is there", lambda: _hears(parent, signal.SIGTERM))
+        wait_until("it has started some", lambda: len(parent.children()) >= count)
+        mine = parent.children()
+        process.terminate()
+        assert process.wait(30) == 0
+        assert not any(p.is_running() for p in mine)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _hears(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a handler of its own is there for a signal."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 def test_the_parents_death_ends_its_processes(world: World) -> None:
     """SIGKILL of the parent leaves no orphan that holds the port."""
     router = world.router(workers=2)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.stack_rig import LiveStack, request_rows, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def test_ready_means_the_first_request_is_answered(stack: LiveStack) -> None:
@@ -21,7 +21,7 @@ def test_ready_means_the_first_request_is_answered(stack: LiveStack) -> None:
 
 def test_models_lists_the_routes(stack: LiveStack) -> None:
     """Clients see routes, never upstreams."""
-    assert [m.id for m in stack.client().models.list()] == ["support"]
+    assert [m.id for m in stack.client().models.list()] == ["adapted", "support"]
 
 
 def test_every_request_is_logged_once(stack: LiveStack) -> None:

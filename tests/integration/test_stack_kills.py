@@ -19,7 +19,7 @@ from contracts.rollout import Phase
 from serve.app import CONTROLLER_APP, ROUTER_APP
 from tests.integration.stack_rig import LiveStack, family, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.whole, pytest.mark.timeout(900)]
 
 
 @dataclass
@@ -35,27 +35,27 @@ class Load:
     """Streams that ended any other way than whole or with an error event."""
 
 
-def conversation() -> dict[str, Any]:
+def conversation(model: str = "support") -> dict[str, Any]:
     return {
-        "model": "support",
+        "model": model,
         "max_tokens": 24,
         "messages": [{"role": "user", "content": f"conversation {time.monotonic_ns()}"}],
         "extra_body": {"ignore_eos": True},
     }
 
 
-def ask_whole(client: Any, seen: Load) -> None:
+def ask_whole(client: Any, seen: Load, model: str) -> None:
     try:
-        client.chat.completions.create(**conversation())
+        client.chat.completions.create(**conversation(model))
         seen.answered += 1
     except Exception as err:  # noqa: BLE001 reason: every failure counts, whatever it is
         seen.failed.append(repr(err)[:300])
 
 
-def ask_streaming(client: Any, seen: Load) -> None:
+def ask_streaming(client: Any, seen: Load, model: str) -> None:
     finished = False
     try:
-        for chunk in client.chat.completions.create(**conversation(), stream=True):
+        for chunk in client.chat.completions.create(**conversation(model), stream=True):
             finished = finished or bool(chunk.choices and chunk.choices[0].finish_reason)
     except APIError as err:
         event = type(err) is APIError or err.code in ("broken_stream", "timeout")
@@ -70,14 +70,16 @@ def ask_streaming(client: Any, seen: Load) -> None:
 
 
 @contextmanager
-def load(stack: LiveStack, per_second: float = 8.0, streams: bool = False, **client: Any) -> Iterator[Load]:
+def load(
+    stack: LiveStack, per_second: float = 8.0, streams: bool = False, model: str = "support", **client: Any
+) -> Iterator[Load]:
     """Conversations that keep coming, four at a time, each a new one, until the block ends."""
     seen, stop = Load(), threading.Event()
 
     def run(number: int) -> None:
         mine = stack.client(**client)
         while not stop.wait(4 / per_second):
-            (ask_streaming if streams and number % 2 else ask_whole)(mine, seen)
+            (ask_streaming if streams and number % 2 else ask_whole)(mine, seen, model)
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     for thread in threads:

@@ -11,7 +11,7 @@ import pytest
 from serve.stack.record import read_record
 from tests.integration.stack_rig import LiveStack, marked_processes, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.whole, pytest.mark.timeout(600)]
 
 
 def test_down_leaves_nothing_and_up_brings_the_student_back(stack: LiveStack) -> None:

@@ -176,7 +176,24 @@ class World:
         state_url: str | None = None,
         **routers: object,
     ) -> None:
-        self.state_url = state_url or f"sqlite:///{folder}/state.db"
+        self._open(state_url or f"sqlite:///{folder}/state.db", **routers)
+        self.traffic.put_split(Split(route="support", version=1, salt="old", stable=TEACHER))
+        self.spec = self.start(policy or demo_policy())
+        self.controller = self.new_controller()
+
+    @classmethod
+    def over(cls, state_url: str, now: float) -> World:
+        """The world around a store that is there already: its active rollout, routers that count on."""
+        world = cls.__new__(cls)
+        world._open(state_url)
+        world.now = now
+        (world.spec,) = (one.spec for one in world.rollouts.active())
+        world.routers.seqs = world.traffic.ledger_ends()
+        world.controller = world.new_controller("after")
+        return world
+
+    def _open(self, state_url: str, **routers: object) -> None:
+        self.state_url = state_url
         self.engine: Engine = open_state(self.state_url)
         self.rollouts, self.traffic = RolloutState(self.engine), TrafficState(self.engine)
         self.deployer = FakeDeployer()
@@ -187,9 +204,6 @@ class World:
         """(hook, event id) of every question."""
         self.now = T0
         self.routers = Routers(self.traffic, **routers)  # type: ignore[arg-type]
-        self.traffic.put_split(Split(route="support", version=1, salt="old", stable=TEACHER))
-        self.spec = self.start(policy or demo_policy())
-        self.controller = self.new_controller()
 
     def start(self, policy: RolloutPolicy, version: int = 1) -> RolloutSpec:
         """Ask for a rollout."""

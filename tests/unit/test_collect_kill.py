@@ -26,6 +26,7 @@ from distill_jobs.config import CollectConfig
 from distill_jobs.progress import Progress
 from distill_jobs.stage import Result
 from tests.integration.pipeline_world import log_row
+from tests.integration.router_rig import wait_until
 from tests.unit.test_collect import chat
 from tests.unit.test_collect_near import texts
 
@@ -124,8 +125,8 @@ def test_ray_data_writes_the_same_bytes_after_the_loss_of_a_node(
         watch = threading.Thread(target=lose, args=(tmp_path / "ray" / "collect", files // 3))
         watch.start()
         found = told(collected(tmp_path / "ray", "ray"))
-        watch.join(timeout=60)
-        assert [node["Alive"] for node in ray.nodes()].count(True) == 1
+        watch.join(timeout=150)
+        wait_until("Ray knows of the loss", lambda: [n["Alive"] for n in ray.nodes()].count(True) == 1)
     assert found == wanted
     assert found[0]["train"][1] > 100
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.engine.config import EngineOptions, engine_command, engine_environment, local_model
+from serve.engine.config import EngineOptions, engine_command, engine_environment
+from serve.engine.folders import local_model
 from serve.engine.launch import prefer_fork, wants_fork
 
 

@@ -24,6 +24,8 @@ from distill_jobs.flywheel.admit import State
 from distill_jobs.flywheel.cli import app
 from distill_jobs.flywheel.config import FlywheelConfig
 from distill_jobs.flywheel.daemon import Daemon
+from distill_jobs.flywheel.metrics import TEXTFILE, FlywheelMetrics
+from distill_jobs.flywheel.pressure import Pressure
 from distill_jobs.flywheel.store import Mark, Run, Store
 from tests.integration.flywheel_world import write_flywheel
 
@@ -48,6 +50,25 @@ def store(tmp_path: Path) -> Store:
 def queued(store: Store, tmp_path: Path, now: float = 1.0) -> Run:
     """A run in the queue."""
     return store.queue("support", "rows", "enough", tmp_path, "20261126", "/", now)
+
+
+def test_what_alerts_need_is_exported(tmp_path: Path) -> None:
+    """How old the active run is, 0 without one; the day's bounds, as far as there are any."""
+    path = write_flywheel(tmp_path / "world", budget={"hours_per_day": 8.0})
+    config = load_config(path, FlywheelConfig)
+    config.dir.mkdir(parents=True, exist_ok=True)
+    store = Store(tmp_path)
+    store.know_routes(["support"], 1.0)
+    metrics = FlywheelMetrics(config, store)
+    metrics.write(100.0, Pressure(active=False))
+    text = (config.dir / TEXTFILE).read_text()
+    assert 'stillhouse_flywheel_run_age_seconds{route="support"} 0.0' in text
+    assert 'stillhouse_flywheel_budget{resource="hours"} 8.0' in text
+    assert 'teacher_tokens"}' not in text
+    queued(store, tmp_path, now=40.0)
+    metrics.write(100.0, Pressure(active=False))
+    text = (config.dir / TEXTFILE).read_text()
+    assert 'stillhouse_flywheel_run_age_seconds{route="support"} 60.0' in text
 
 
 def test_a_route_has_one_active_run_and_the_database_says_so(store: Store, tmp_path: Path) -> None:

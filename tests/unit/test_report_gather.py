@@ -10,11 +10,11 @@ import pytest
 from contracts.errors import NotFoundError
 from contracts.gates import Verdict
 from contracts.metrics import LATENCY_BUCKETS_S, ArmCounts
+from contracts.price import Price
 from contracts.rollout import Phase
 from contracts.traffic import Arm, LogMode, Outcome
 from serve.rollout.report.gather import Sources, gather
 from serve.rollout.report.model import Report
-from serve.rollout.report.price import Price
 from serve.state.rollouts import Tick
 from tests.unit import report_log
 from tests.unit.rollout_world import BROKEN, World, demo_policy

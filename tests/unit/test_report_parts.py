@@ -8,11 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from contracts.metrics import LATENCY_BUCKETS_S, SCORE_STEPS
+from contracts.price import Price
+from contracts.traffic import RequestRow
 from serve.rollout.report import alike, chart, measures, words
 from serve.rollout.report.board import outcomes, rank
 from serve.rollout.report.cost import Served, cost
-from serve.rollout.report.price import Price
-from serve.rollout.report.requests import Usage
+from serve.rollout.report.requests import Scan, Usage, _count
 from serve.rollout.stats.bradley_terry import Games
 
 
@@ -90,6 +91,34 @@ def test_a_fallback_is_part_of_an_arms_cost() -> None:
     assert cost("canary", "s", usage, {"s": cheap}, served).per_1000 is None
     euros = dear.model_copy(update={"currency": "EUR"})
     assert "different currencies" in cost("canary", "s", usage, {"s": cheap, "t": euros}, served).said
+
+
+def test_a_cascade_costs_what_its_two_cost() -> None:
+    """A passed-on request pays both, the held answer included; the cascade itself needs no price."""
+    found = Scan()
+    note = {"by": "s", "first": "s", "first_prompt_tokens": 140, "first_completion_tokens": 50}
+    _count(found, cascade_row(100, 10, note))
+    _count(found, cascade_row(120, 12, {**note, "by": "t", "reason": "unsure", "signal": -1.0}))
+    assert found.usage["canary", "s"] == Usage(rows=1, prompt=280, completion=100)
+    assert found.usage["canary", "t"] == Usage(rows=1, prompt=120, completion=12)
+    cheap, dear = (Price(prompt_per_million=p, completion_per_million=0) for p in (1.0, 10.0))
+    prices = {"smart": None, "s": cheap, "t": dear}
+    served = Served(2, 40, 60.0)
+    priced = cost("canary", "smart", found.usage, prices, served, cascade=True)
+    assert priced.per_1000 == pytest.approx(1000 * (280 * 1.0 + 120 * 10.0) / 1e6 / 2)
+    assert "upstreams.smart.cost" in cost("canary", "smart", found.usage, prices, served).said
+
+
+def cascade_row(prompt: int, completion: int, note: dict[str, object]) -> RequestRow:
+    return RequestRow.model_validate(
+        {
+            "request_id": "r", "ts": 1.0, "route": "support", "endpoint": "/v1/chat/completions",
+            "arm": "canary", "served_arm": "canary", "reason": "random", "unit_kind": "header",
+            "unit_hash": "0" * 16, "split_version": 1, "upstream": "smart", "model": "m", "stream": False,
+            "status": 200, "outcome": "ok", "e2e_s": 1.0, "overhead_s": 0.0, "request": {},
+            "prompt_tokens": prompt, "completion_tokens": completion, "cascade": note,
+        }
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from contracts.errors import ConfigError, ConflictError, GateError, NotFoundError
 from contracts.hooks import HookSpec
+from contracts.metrics import MetricKind, MetricSpec
 from contracts.model import ModelRecord
 from contracts.rollout import Phase
+from contracts.traffic import Cascade, Upstream
 from registry.digest import digest_folder
 from registry.fake import FakeRegistry
 from serve.rollout import cli, cli_report, cli_watch
@@ -20,6 +22,7 @@ from serve.rollout.aliases import promoted_hook, rolled_back_hook
 from serve.rollout.cli_stack import StackHandle
 from serve.rollout.courier import Courier
 from serve.rollout.replay import replay
+from serve.rollout.sources import Sources
 from serve.rollout.start import start_rollout
 from serve.state.outbox import OutboxState
 from serve.state.tables import audit
@@ -298,6 +301,26 @@ def test_starting_is_told_to_webhooks_with_the_rollout_itself(desk: Desk) -> Non
     (message,) = OutboxState(desk.world.engine).of(spec.id)
     body = json.loads(message.body)
     assert (body["event"], body["by"], body["model"]) == ("started", "ann", "student:1")
+
+
+def test_a_cascade_is_rolled_out_like_any_student(desk: Desk) -> None:
+    """--on NAME: the candidate is the declared cascade, nothing is deployed, gates and digest are MODEL's."""
+    desk.end_first()
+    desk.publish()
+    teacher, student = (Upstream(name=n, model=n, url=f"http://{n}") for n in ("big", "small"))
+    smart = Upstream(
+        name="smart", model="smart", cascade=Cascade(first=student, then=teacher, threshold=-0.1)
+    )
+    world = desk.world
+    policy = demo_policy(metrics=(MetricSpec(kind=MetricKind.ERRORS, margin=0.02),))
+    args = (world.rollouts, world.traffic, desk.registry, policy, "support", "student:1")
+    with pytest.raises(NotFoundError, match="--on: there is no upstream 'nobody'; there are: smart"):
+        start_rollout(*args, sources=Sources(upstreams={"smart": smart}), on="nobody")
+    spec = start_rollout(*args, sources=Sources(upstreams={"smart": smart}), on="smart")
+    assert (spec.candidate, spec.artifact_uri) == (smart, None)
+    assert spec.digest == desk.registry.get("student:1").artifact.digest
+    with pytest.raises(ConfigError, match="--on: names the upstream of one MODEL"):
+        desk.run("start", "support", "student:1", "student:2", "--ab", "0.2", "--on", "smart")
 
 
 def test_an_abn_test_from_the_terminal(desk: Desk) -> None:

@@ -17,6 +17,7 @@ from serve.rollout.decide import initial
 from serve.rollout.policy import make_spec
 from serve.rollout.replay import replay
 from serve.rollout.simulate import ArmModel
+from serve.rollout.sweep import KEPT_S, LedgerSweep
 from serve.state.rollouts import Tick
 from tests.unit.rollout_world import BROKEN, GOOD, STABLE, TEACHER, World, demo_policy, record
 
@@ -201,6 +202,21 @@ def test_no_traffic_before_it_is_ready_and_probed(tmp_path: Path) -> None:
     world.until(Phase.RAMPING)
     assert world.split.weight == 0.01
     assert world.status.engine_errors == 0
+
+
+def test_a_student_lost_while_it_warms_is_deployed_again_and_waited_for(tmp_path: Path) -> None:
+    """Its node or its whole cluster went: that is no engine error, of which six would end the rollout."""
+    world = World(tmp_path)
+    world.until(Phase.WARMING)
+    world.deployer.running.clear()
+    world.deployer.ready_after = 1_000
+    for _ in range(45):
+        world.step()
+    assert (world.status.phase, world.status.engine_errors) == (Phase.WARMING, 0)
+    assert "student-v1" in world.deployer.running
+    assert ("probe", "student-v1") not in world.deployer.calls
+    world.deployer.ready_after = 0
+    assert world.until(Phase.RAMPING).phase is Phase.RAMPING
 
 
 def test_an_engine_that_never_comes_up_is_not_a_failed_student(tmp_path: Path) -> None:
@@ -458,3 +474,23 @@ def test_one_rollouts_conflict_does_not_cost_the_others_their_tick(tmp_path: Pat
     world.controller._rollouts.save_ticks = save  # type: ignore[method-assign]
     assert world.until(Phase.PROMOTED).phase is Phase.PROMOTED
     assert replay(world.stored, world.rollouts.audit(world.spec.id)).exact
+
+
+def test_the_ledger_is_swept_of_what_was_consumed_and_nothing_else(tmp_path: Path) -> None:
+    """After an hour a running rollout's consumed entries go, unread ones stay; after its end all go."""
+    world = World(tmp_path)
+    while not world.status.cursor:
+        world.step()
+    for _ in range(3):
+        world.routers.serve(world.now, 1.0)
+    cursor = world.status.cursor
+    stored = world.traffic.read_ledger("support", world.spec.id, {})
+    unread = [entry for entry in stored if entry.seq > cursor.get(entry.replica, 0)]
+    assert 0 < len(unread) < len(stored)
+    later = LedgerSweep(world.rollouts, world.traffic, lambda: world.now + KEPT_S + 1)
+    assert later.sweep() == len(stored) - len(unread)
+    assert world.traffic.read_ledger("support", world.spec.id, {}) == unread
+    world.until(Phase.PROMOTED)
+    world.now += KEPT_S + 1
+    world.controller.tick()
+    assert world.traffic.ledger_ends() == {}

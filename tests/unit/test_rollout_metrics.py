@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from contracts.rollout import Phase
 from serve.rollout.controller import Controller
-from serve.rollout.metrics import ControllerMetrics
+from serve.rollout.metrics import DECISIONS, ControllerMetrics
 from tests.unit.rollout_world import World
 
 
@@ -46,6 +46,37 @@ def test_gauges_follow_the_stored_rollout(tmp_path: Path) -> None:
     assert value("decisions_total", decision="promoted") == 1.0
     assert value("weight") == 0.0
     assert value("log_threshold", test="noninferior") == pytest.approx(2.9957, abs=1e-4)
+
+
+def test_what_alerts_need_is_exported(tmp_path: Path) -> None:
+    """Since when a phase is, when the canary was last heard of and its deadline, no mismatch so far; every
+    decision starts at zero, so that the first one is an increase. A new process says all of it again."""
+    world = World(tmp_path)
+    for holder in ("one", "two"):
+        registry = CollectorRegistry()
+        world.controller = Controller(
+            world.engine,
+            world.deployer,
+            holder=holder,
+            clock=lambda: world.now,
+            metrics=ControllerMetrics(registry),
+            lease_ttl_s=0.0,
+        )
+        world.until(Phase.RAMPING)
+        world.step()
+        status, spec = world.status, world.stored.spec
+        names = {
+            "phase_since_timestamp_seconds": status.phase_since,
+            "canary_seen_timestamp_seconds": status.last_canary_at,
+            "no_data_deadline_seconds": spec.no_data_deadline_s,
+            "sample_ratio_mismatch": 0.0,
+        }
+        for name, wanted in names.items():
+            assert registry.get_sample_value(f"stillhouse_rollout_{name}", {"route": "support"}) == wanted
+        assert registry.get_sample_value("stillhouse_rollout_phase", {"route": "support", "phase": "ramping"})
+        for decision in set(DECISIONS) - {"step"}:
+            labels = {"route": "support", "decision": decision}
+            assert registry.get_sample_value("stillhouse_rollout_decisions_total", labels) == 0.0
 
 
 def test_metrics_work_in_multiprocess_mode(tmp_path: Path) -> None:

@@ -152,3 +152,14 @@ def test_a_replica_keeps_its_counts_over_polls() -> None:
     pools.replicas(STUDENT)[0].in_flight = 7
     pools.apply({"student-1": [endpoint("a")]})
     assert [r.in_flight for r in pools.replicas(STUDENT)] == [7]
+
+
+def test_the_backlog_is_what_the_store_does_not_have() -> None:
+    """Lines that were cut and not stored; counting alone makes none."""
+    ledger = Ledger("r")
+    ledger.count(KEY, failed=False, ttft_s=None, e2e_s=0.1)
+    assert ledger.backlog() == 0
+    entries = ledger.cut()
+    assert ledger.backlog() == 1
+    ledger.stored(entries)
+    assert ledger.backlog() == 0

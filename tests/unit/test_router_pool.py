@@ -116,3 +116,20 @@ def test_when_a_replica_leaves_only_its_keys_move() -> None:
     after = {k: fewer.pick(STUDENT, key=k).url for k in keys}  # type: ignore[union-attr]
     moved = [k for k in keys if before[k] != after[k]]
     assert {before[k] for k in moved} == {"http://127.0.0.1:100"}
+
+
+def test_an_adapters_failures_are_not_its_bases() -> None:
+    """Two applications on one engine: what one's requests did neither closes the other off nor is forgotten
+    when the endpoints are read again."""
+    made = pools("a")
+    (own,) = made.replicas(STUDENT)
+    host = Endpoint(app="student-1", replica="a", url=own.url, pid=1, seen_at=1e12)
+    guest = host.model_copy(update={"app": "adapter-1", "replica": "adapter:a"})
+    adapter = Upstream(name="adapter", model="adapter", app="adapter-1")
+    for _ in range(2):
+        made.apply({"student-1": [host], "adapter-1": [guest]})
+    (its,) = made.replicas(adapter)
+    made.failed(its, connect=True)
+    made.apply({"student-1": [host], "adapter-1": [guest]})
+    assert made.pick(adapter, strict=True) is None
+    assert made.pick(STUDENT, strict=True) is own

@@ -150,3 +150,51 @@ def test_import_is_light() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert said.stdout.startswith("[] ")
+
+
+CASCADE = {"first": "student", "then": "teacher", "signal": "mean_logprob", "threshold": -0.05}
+TWO = {"teacher": {"engine": {"model": "big"}}, "student": {"url": "http://x", "model": "small"}}
+
+
+def test_a_cascade_is_an_upstream_of_two_others() -> None:
+    """It can be a route's upstream, fallback or shadow by its name; its two keep their own places."""
+    config = parse(
+        upstreams={**TWO, "smart": {"cascade": {**CASCADE, "hold_tokens": 64}}}, routes={"support": "smart"}
+    )
+    # What `up` writes for Ray's processes says every field.
+    assert parse_config(config.model_dump(mode="json"), ServeConfig) == config
+    smart = config.upstream("smart")
+    assert (smart.app, smart.url, smart.model) == (None, None, "smart")
+    assert smart.cascade is not None
+    assert (smart.cascade.first, smart.cascade.then) == (
+        config.upstream("student"),
+        config.upstream("teacher"),
+    )
+    assert (smart.cascade.threshold, smart.cascade.hold_tokens) == (-0.05, 64)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "message"),
+    [
+        (
+            {"cascade": {**CASCADE, "first": "nobody"}},
+            "cascade.first: 'nobody' is no plain upstream",
+        ),
+        (
+            {"cascade": {**CASCADE, "then": "smart"}},
+            "cascade.then: 'smart' is no plain upstream",
+        ),
+        ({"cascade": {**CASCADE, "then": "student"}}, "another upstream than 'first'"),
+        ({"cascade": {**CASCADE, "threshold": 0.5}}, "threshold: mean_logprob lies in"),
+        (
+            {"cascade": {**CASCADE, "signal": "grader", "grader": "nobody", "threshold": 1}},
+            "upstreams.smart.cascade.grader: there is no grader of single answers 'nobody'",
+        ),
+        ({"cascade": CASCADE, "url": "http://x", "model": "m"}, "give exactly one of"),
+        ({"cascade": CASCADE, "cost": {"per_hour": 1}}, "belong to the upstreams of a cascade"),
+    ],
+)
+def test_a_cascade_that_cannot_be_is_refused(upstream: dict[str, Any], message: str) -> None:
+    """With the field that is wrong, and what there is instead."""
+    with pytest.raises(ConfigError, match=message):
+        parse(upstreams={**TWO, "smart": upstream})

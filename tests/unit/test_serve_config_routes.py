@@ -12,11 +12,13 @@ from contracts.errors import StateError
 from contracts.metrics import MetricKind, MetricSpec
 from contracts.rollout import RolloutSpec, RolloutStatus, Step
 from contracts.traffic import Slot, Split, Upstream
-from serve.app import students_in_use, write_routes
+from serve.app import write_routes
 from serve.config import ServeConfig
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
+from serve.students import Students, check_students
+from tests.unit.cluster_world import Cluster
 
 STUDENT = Upstream(name="s-v1", model="s-v1", app="s-v1", digest="d")
 
@@ -82,30 +84,32 @@ def test_the_students_of_a_test_are_the_splits_too(
     tmp_path: Path, stores: tuple[TrafficState, RolloutState]
 ) -> None:
     """A restart must bring the slots' applications back, or say who nobody knows; a reset drops them."""
-    config, (traffic, rollouts) = config_for(tmp_path), stores
+    config, (traffic, _) = config_for(tmp_path), stores
+    students = Students(config, open_state(config.state_url), Cluster())
     write_routes(config, traffic)
     before = traffic.get_split("support")
     assert before is not None
     slot = Slot(upstream=STUDENT, start=0.2, weight=0.2, rollout_id="r-01")
     traffic.put_split(before.model_copy(update={"version": 2, "others": (slot,)}))
     with pytest.raises(StateError, match="points to application 's-v1'"):
-        students_in_use(config, traffic, rollouts)
+        check_students(students)
     write_routes(config, traffic, reset=True)
     after = traffic.get_split("support")
     assert after is not None
     assert (after.version, after.others, after.stable.name) == (3, (), "teacher")
-    assert students_in_use(config, traffic, rollouts) == {}
+    assert check_students(students) == []
 
 
 def test_students_of_splits_are_redeployed(tmp_path: Path, stores: tuple[TrafficState, RolloutState]) -> None:
     """A split names an application, its rollout knows the artifact; without one the error says what to do."""
     traffic, rollouts = stores
     config = config_for(tmp_path)
+    students = Students(config, open_state(config.state_url), Cluster())
     write_routes(config, traffic)
-    assert students_in_use(config, traffic, rollouts) == {}
+    assert check_students(students) == []
     promoted(traffic)
     with pytest.raises(StateError, match="--reset-routes"):
-        students_in_use(config, traffic, rollouts)
+        check_students(students)
     spec = RolloutSpec(
         id="r1",
         route="support",
@@ -117,4 +121,5 @@ def test_students_of_splits_are_redeployed(tmp_path: Path, stores: tuple[Traffic
         created_at=0.0,
     )
     rollouts.create(spec, RolloutStatus(id="r1"))
-    assert students_in_use(config, traffic, rollouts) == {"s-v1": (STUDENT, "/models/s")}
+    assert check_students(students) == ["s-v1"]
+    assert students.needs().deploy == {"s-v1": (STUDENT, "/models/s")}

@@ -16,8 +16,9 @@ from contracts.rollout import LedgerEntry, Phase, RolloutStatus
 from contracts.traffic import Split
 from serve.rollout.decide import initial
 from serve.rollout.policy import RolloutPolicy, make_spec
+from serve.state.migrations import SCHEMA_VERSION
 from serve.state.rollouts import AuditEntry, RolloutState, StoredRollout, Tick
-from serve.state.tables import SCHEMA_VERSION, open_state, schema_table
+from serve.state.tables import open_state, schema_table
 from serve.state.traffic import RouterReport, TrafficState
 from tests.unit.rollout_world import T0, TEACHER, record
 
@@ -187,6 +188,11 @@ def test_endpoints_and_routers_age_out(engine: Engine) -> None:
         ("two", "http://b", 2),
     ]
     assert traffic.endpoints(max_age_s=-1.0) == {}
+    traffic.put_endpoint("other", "three", "http://d", 4)
+    traffic.drop_stale_endpoints(60)  # a cluster beside ours lives, its endpoints are fresh
+    assert sorted(traffic.endpoints()) == ["app", "other"]
+    traffic.drop_stale_endpoints(-1.0, "other")
+    assert sorted(traffic.endpoints()) == ["app"]
     traffic.drop_endpoint("app", "one")
     assert [e.replica for e in traffic.endpoints(60)["app"]] == ["two"]
     traffic.report_router(RouterReport(replica="r1", versions={"r": 4}, in_flight={"teacher": 2}))
@@ -197,13 +203,38 @@ def test_endpoints_and_routers_age_out(engine: Engine) -> None:
     assert traffic.routers(60) == []
 
 
-def test_pruning_keeps_what_is_recent(engine: Engine) -> None:
-    """Old ledger entries go, recent ones stay."""
+def test_a_cursor_may_name_thousands_of_routers(engine: Engine) -> None:
+    """A long rollout outlives many router processes, and SQLite takes no expression of a thousand terms."""
     traffic = TrafficState(engine)
-    fresh = entry("a", 2).model_copy(update={"at": time.time()})
-    traffic.append_ledger([entry("a", 1), fresh])
-    assert traffic.prune_ledger(3600) == 1
-    assert [e.seq for e in traffic.read_ledger("r", "x", {})] == [2]
+    traffic.append_ledger([entry("r0", 1), entry("r0", 2), entry("r2999", 7), entry("new", 1)])
+    found = traffic.read_ledger("r", "x", {f"r{i}": 1 for i in range(3000)})
+    assert [(e.replica, e.seq) for e in found] == [("new", 1), ("r0", 2), ("r2999", 7)]
+
+
+def test_pruning_keeps_what_is_recent_and_what_a_rollout_has_yet_to_consume(engine: Engine) -> None:
+    """Consumed entries, those of ended rollouts and of none go once they are old; the rest is evidence."""
+    traffic = TrafficState(engine)
+    fresh = entry("a", 9).model_copy(update={"at": T0 + 7200})
+    old = [
+        entry("a", 1),
+        entry("a", 2),
+        entry("b", 1),
+        entry("c", 1, rollout="over"),
+        entry("c", 2, rollout=None),
+    ]
+    traffic.append_ledger([*old, fresh])
+    assert traffic.prune_ledger(T0 + 3600, {"x": {"a": 1}}, 100) == 3
+    left = traffic.read_ledger("r", "x", {})
+    assert [(e.replica, e.seq) for e in left] == [("a", 2), ("a", 9), ("b", 1)]
+    assert traffic.ledger_ends() == {"a": 9, "b": 1}
+
+
+def test_pruning_takes_no_more_at_once_than_it_is_told(engine: Engine) -> None:
+    """A long transaction would keep routers from writing; the oldest go first."""
+    traffic = TrafficState(engine)
+    later = entry("a", 1, rollout=None).model_copy(update={"at": T0 + 1})
+    traffic.append_ledger([later, *(entry("b", seq, rollout=None) for seq in range(1, 5))])
+    assert [traffic.prune_ledger(T0 + 3600, {}, 3) for _ in range(3)] == [3, 2, 0]
 
 
 def test_a_store_of_another_release_is_refused(engine: Engine) -> None:

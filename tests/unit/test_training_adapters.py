@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from contracts.model import AdapterBase
 from distill_jobs.training.adapters import add_lora, save_student
 from distill_jobs.training.config import LossConfig, OptimizerConfig, TrainConfig
 from distill_jobs.training.data import Rows
 from distill_jobs.training.loop import Trainer
 from distill_jobs.training.method_config import LoraConfig
+from registry.adapter import read_adapter
+from registry.digest import digest_folder
 from tests.unit.teacher_world import model, rows_folder
 from tests.unit.tokenizer_world import tokenizer_folder
 
@@ -103,3 +106,13 @@ def test_adapter_export_loads_beside_its_base(place: Path, tmp_path: Path) -> No
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=IDS).logits
         assert (together(input_ids=IDS).logits - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_an_exported_adapter_says_its_base(place: Path) -> None:
+    """Its digest is the base folder's, so that it can be held against the weights of an engine."""
+    lora = LoraConfig(r=4, export="adapter")
+    wrapped = add_lora(model(0), lora, str(place / "base"))
+    save_student(wrapped, str(place / "tokenizer"), place / "told", lora)
+    assert read_adapter(place / "told") == AdapterBase(
+        ref=str(place / "base"), digest=digest_folder(place / "base"), rank=4
+    )

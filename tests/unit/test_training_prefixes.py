@@ -108,6 +108,20 @@ def test_shares_follow_their_schedule() -> None:
     assert len(plan(one, 0, 5, 400, 10, 0).replay) == 0  # an empty buffer: the student writes anew
 
 
+def test_a_step_replays_or_writes() -> None:
+    """Every fifth step of replay 0.8 is written anew, whole; a buffer that is too small is filled up."""
+    one = PrefixConfig(student=((0.0, 1.0),), replay=0.8)
+    plans = [plan(one, 0, step, 100, 8, 64) for step in range(100)]
+    assert [len(p.student) for p in plans[:10]] == [0, 0, 0, 0, 8, 0, 0, 0, 0, 8]
+    assert sum(len(p.student) for p in plans) == 160
+    assert all(len(p.student) + len(p.replay) == 8 for p in plans)
+    short = plan(one, 0, 0, 100, 8, 3)
+    assert (len(short.student), len(short.replay)) == (5, 3)
+    assert not set(short.student.tolist()) & set(short.replay.tolist())
+    never = PrefixConfig(student=((0.0, 1.0),))
+    assert [len(plan(never, 0, step, 100, 8, 64).student) for step in range(3)] == [8, 8, 8]
+
+
 def test_impossible_shares_are_refused() -> None:
     """More than everything, replay of nothing, and points out of order."""
     for wrong in (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from contracts.price import Price
 from serve.rollout.report.model import Cost
-from serve.rollout.report.price import Price
 from serve.rollout.report.requests import Usage
 
 
@@ -31,17 +31,19 @@ def cost(
     usage: Mapping[tuple[str, str], Usage],
     prices: Mapping[str, Price | None],
     served: Served,
+    cascade: bool = False,
 ) -> Cost:
     """One arm's cost: a mean over its answered requests, whoever served them (a fallback costs, too).
 
     Args:
         upstream: the arm's own.
-        usage: by assigned arm and by the upstream that served.
+        usage: by assigned arm and by the upstream that made the tokens.
+        cascade: the arm's upstream is one, and has no price but those of its two.
     """
     own = prices.get(upstream)
-    if own is None:
+    if own is None and not cascade:
         return Cost(said=f"no price: set upstreams.{upstream}.cost, or students.cost for a student")
-    if own.per_hour is not None:
+    if own is not None and own.per_hour is not None:
         return by_hour(own, served)
     mine = {served_by: used for (of, served_by), used in usage.items() if of == arm}
     if not any(used.rows for used in mine.values()):

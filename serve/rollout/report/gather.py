@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contracts.metrics import ArmCounts, Role
+from contracts.price import Price
 from contracts.rollout import RolloutSpec
 from contracts.traffic import RequestRow
 from serve.rollout import evidence
@@ -31,7 +32,6 @@ from serve.rollout.report.model import (
     Series,
     Thresholds,
 )
-from serve.rollout.report.price import Price
 from serve.rollout.report.requests import KINDS, Match, Scan, right, scan
 from serve.rollout.stats import srm
 from serve.rollout.stats.combine import Family
@@ -176,9 +176,11 @@ def _harm_at(role: Role, family: Family, alpha: float) -> float:
 
 def _arms(stored: StoredRollout, series: Series, logged: Scan, sources: Sources) -> tuple[ArmReport, ...]:
     counts = stored.status.total_counts
-    upstreams = {"stable": _stable(stored), "canary": stored.spec.candidate.name}
-    prices: dict[str, Price | None] = {stored.spec.candidate.name: sources.student_price, **sources.prices}
-    stable = stored.status.stable
+    candidate, stable = stored.spec.candidate, stored.status.stable
+    upstreams = {"stable": _stable(stored), "canary": candidate.name}
+    cascades = {u.name for u in (candidate, stable) if u is not None and u.cascade is not None}
+    student_price = sources.student_price if candidate.cascade is None else None
+    prices: dict[str, Price | None] = {candidate.name: student_price, **sources.prices}
     if stable is not None and stable.digest is not None:  # an earlier student
         prices.setdefault(stable.name, sources.student_price)
     everything = sum(counts.get(arm, ArmCounts()).n for arm in upstreams)
@@ -191,7 +193,9 @@ def _arms(stored: StoredRollout, series: Series, logged: Scan, sources: Sources)
             errors=c.errors,
             ttft=measures.latency(c.ttft),
             e2e=measures.latency(c.e2e),
-            cost=cost(arm, upstream, logged.usage, prices, Served(c.n, everything, ramp)),
+            cost=cost(
+                arm, upstream, logged.usage, prices, Served(c.n, everything, ramp), upstream in cascades
+            ),
         )
         for arm, upstream in upstreams.items()
     )

@@ -151,13 +151,21 @@ def _keep(heap: list[tuple[float, int, RequestRow]], item: tuple[float, int, Req
 def _count(found: Scan, row: RequestRow) -> None:
     if row.arm is Arm.SHADOW or row.outcome is not Outcome.OK:
         return
-    usage = found.usage.setdefault((row.arm.value, row.upstream), Usage())
+    asked = row.cascade
+    usage = found.usage.setdefault((row.arm.value, row.upstream if asked is None else asked.by), Usage())
+    if asked is not None and asked.by != asked.first:  # its tokens cost, its answer went to nobody
+        first = found.usage.setdefault((row.arm.value, asked.first), Usage())
+        first.prompt += asked.first_prompt_tokens
+        first.completion += asked.first_completion_tokens
     if row.prompt_tokens is None or row.completion_tokens is None:
         usage.unknown += 1
         return
     usage.rows += 1
-    usage.prompt += row.prompt_tokens
-    usage.completion += row.completion_tokens
+    served = (
+        asked is not None and asked.by == asked.first
+    )  # with its samples, which the row itself leaves out
+    usage.prompt += asked.first_prompt_tokens if asked and served else row.prompt_tokens
+    usage.completion += asked.first_completion_tokens if asked and served else row.completion_tokens
 
 
 def _find_counterparts(worst: list[Match], found: Iterator[RequestRow], spec: RolloutSpec) -> None:

@@ -1,7 +1,9 @@
-"""AWQ through llm-compressor. Runs INSIDE the compression environment, whose pins cannot share vLLM's.
+"""Quantizes a checkpoint through llm-compressor. Runs INSIDE the compression environment, whose pins cannot
+share vLLM's.
 
-`python awq.py JOB.json`; imports nothing of this repository. The job: {"model": bf16 checkpoint folder,
-"out": folder to make, "rows": JSON lines of {"ids"}, "scheme", "group_size", "max_tokens", "ignore",
+`python -m distill_jobs.compress.worker JOB.json`; imports nothing of this repository but its own folder. The
+job: {"model": bf16 checkpoint folder, "out": folder to make, "rows": JSON lines of {"ids"}, "algorithm",
+"scheme", "shares", "group_size", "format", "max_tokens", "ignore", "plan": layers by scheme or null,
 "result": FILE}. Prints `PROGRESS done total unit`; the folder appears whole (made beside, then renamed), the
 result file last.
 """
@@ -17,6 +19,9 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from distill_jobs.compress.literal import rewrite
+from distill_jobs.compress.recipes import modifiers, needs_data
 
 STEPS = 4
 # What a server needs beside the weights, taken from the student so that both answer in the same format.
@@ -45,6 +50,8 @@ def main(job_file: str) -> None:
     compress(model, job)
     report(2)
     save(model, Path(job["model"]), tmp)
+    if job["format"] != "compressed-tensors":
+        rewrite(tmp, job["format"])
     report(3)
     if out.exists():
         shutil.rmtree(out)
@@ -67,34 +74,26 @@ def load(folder: str) -> Any:
 
 
 def compress(model: Any, job: dict[str, Any]) -> None:
-    """Search AWQ's scales on the calibration rows, then quantize the weights of every linear layer."""
+    """Find the quantized weights of every linear layer, on the calibration rows where the algorithm reads
+    any.
+    """
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     if not torch.cuda.is_available():
         # 0.14.0.1 pins its cache without asking whether there is an accelerator, and dies where there is
         # none.
         IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    rows = calibration_rows(job["rows"], job["max_tokens"])
-    oneshot(
-        model=model,
-        dataset=rows,
-        recipe=[AWQModifier(), QuantizationModifier(config_groups=config_groups(job), ignore=job["ignore"])],
-        max_seq_length=job["max_tokens"],
-        num_calibration_samples=len(rows),
-    )
-
-
-def config_groups(job: dict[str, Any]) -> dict[str, Any]:
-    """The named preset with the job's group size."""
-    from compressed_tensors.quantization import preset_name_to_scheme
-
-    scheme = preset_name_to_scheme(job["scheme"], ["Linear"])
-    scheme.weights.group_size = job["group_size"]
-    return {"group_0": scheme}
+    data: dict[str, Any] = {}
+    if needs_data(job):
+        rows = calibration_rows(job["rows"], job["max_tokens"])
+        data = {
+            "dataset": rows,
+            "max_seq_length": job["max_tokens"],
+            "num_calibration_samples": len(rows),
+        }
+    oneshot(model=model, recipe=modifiers(job), **data)
 
 
 def calibration_rows(path: str, max_tokens: int) -> Any:
