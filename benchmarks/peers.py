@@ -1,10 +1,12 @@
 """Environments of the projects we compare with: one each below `.cache/bench/`, made from a pinned file.
 
+Where STILLHOUSE_PEERS=here, they are all in this interpreter's own: for machines that reach no package index.
 Knows nothing about what runs in them.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ class NotInstalled(RuntimeError):
 
 def make(peer: str, pins: Path) -> None:
     """Make the environment of `peer` from `pins` when it is missing or out of date. Raises NotInstalled."""
+    if _here():
+        return
     folder = _PEERS / peer
     stamp = folder / "pins.txt"
     if stamp.exists() and stamp.read_text() == pins.read_text():
@@ -37,4 +41,10 @@ def make(peer: str, pins: Path) -> None:
 
 def program(peer: str, name: str) -> str:
     """The path of a program of the environment."""
+    if _here():
+        return str(Path(sys.executable).with_name(name))
     return str(_PEERS / peer / "bin" / name)
+
+
+def _here() -> bool:
+    return os.environ.get("STILLHOUSE_PEERS") == "here"

@@ -23,7 +23,8 @@ def table() -> str:
     for file in sorted(RESULTS.glob("*.json")):
         result = Result.model_validate_json(file.read_text())
         machine = result.hardware
-        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        named = ", ".join([*machine.get("gpus", []), machine["cpu"]])
+        where = f"{named}, {machine['cores']} cores, {machine['memory_gib']} GiB"
         parts.append(f"`{result.command}` on {where} (`benchmarks/results/{file.name}`):\n")
         parts.append("| what | measured | bar |\n|---|---|---|")
         parts += [

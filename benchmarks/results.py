@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Bar(Record):
     value: float
     bar: str
     ok: bool
+    part: str = ""
+    """Of a benchmark that has parts, the one that measured it."""
 
 
 class Result(Record):
@@ -51,7 +54,7 @@ def at_most(what: str, value: float, bound: float, unit: str = "") -> Bar:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and system of this machine."""
+    """Processor, cores, memory and GPUs of this machine."""
     cpu = platform.processor() or platform.machine()
     try:
         info = Path("/proc/cpuinfo").read_text()
@@ -60,25 +63,43 @@ def hardware() -> dict[str, Any]:
     except (OSError, TypeError):
         flags = []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30), "flags": flags}
+    facts = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30), "flags": flags}
+    gpus = _gpus()
+    return {**facts, "gpus": gpus} if gpus else facts
+
+
+def _gpus() -> list[str]:
+    """Names of the NVIDIA GPUs, as their driver gives them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [] if done.returncode else [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def hardware_slug(facts: dict[str, Any]) -> str:
-    """The hardware as a part of a file name, e.g. `intel-xeon-2c-24g`."""
-    words = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", " ", facts["cpu"].lower())
+    """The hardware as a part of a file name, e.g. `intel-xeon-2c-24g`: its GPU's name where it has one."""
+    named = facts["gpus"][0] if facts.get("gpus") else facts["cpu"]
+    words = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*", " ", named.lower())
     name = "-".join(re.findall(r"[a-z0-9]+", words)[:3])
     return f"{name}-{facts['cores']}c-{facts['memory_gib']}g"
 
 
 def head() -> str:
-    """The commit that is measured."""
+    """The commit that is measured; a tree that travelled without its history has it in STILLHOUSE_COMMIT."""
+    if told := os.environ.get("STILLHOUSE_COMMIT"):
+        return told
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
+def result_file(name: str) -> Path:
+    """`results/<name>.<hardware>.json`, of this machine."""
+    return RESULTS / f"{name}.{hardware_slug(hardware())}.json"
+
+
 def write(name: str, command: str, bars: list[Bar], rows: list[dict[str, Any]]) -> Path:
-    """Write `results/<name>.<hardware>.json` and return its path."""
-    facts = hardware()
-    result = Result(name=name, commit=head(), hardware=facts, command=command, bars=bars, rows=rows)
-    path = RESULTS / f"{name}.{hardware_slug(facts)}.json"
+    """Write the result of this machine and return its path."""
+    result = Result(name=name, commit=head(), hardware=hardware(), command=command, bars=bars, rows=rows)
+    path = result_file(name)
     write_atomic(path, json.dumps(result.model_dump(), indent=2, ensure_ascii=False) + "\n")
     return path

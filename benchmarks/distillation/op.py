@@ -113,7 +113,8 @@ def reset_peak(device: str) -> int:
     return resident("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """Most bytes held at once since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
 
 
@@ -132,7 +133,7 @@ def measure(side: str, kind: str, shape: Shape, device: str, repeats: int) -> di
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        peaks.append(_peak(device) - held)
+        peaks.append(peak(device) - held)
     norms = [float(leaf.grad.double().norm()) for leaf in leaves if leaf.grad is not None]
     found = {"path": path(side, one), "seconds": min(seconds), "peak_bytes": max(peaks)}
     return {**found, "loss": float(loss.detach()), "norms": norms}

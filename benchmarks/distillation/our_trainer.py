@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.distillation.op import reset_peak, resident
+from benchmarks.distillation.op import peak, reset_peak
 from distill_jobs.training.attention import register
 from distill_jobs.training.config import TrainConfig
 from distill_jobs.training.data import Rows
@@ -34,14 +34,15 @@ def config(spec: dict[str, Any]) -> TrainConfig:
         {
             "batch_rows": spec["batch"],
             "max_steps": spec["steps"],
-            "micro_tokens": None if torch.cuda.is_available() else spec["pass_tokens"],
+            "max_length": spec["max_length"],
+            "micro_tokens": spec["pass_tokens"],
             "dtype": spec["dtype"],
             "optimizer": {"lr": spec["lr"]},
             "loss": {"divergence": "jsd", "beta": spec["beta"], "hard_weight": 0.0},
             "teacher": {
                 "models": [{"model": spec["teacher"], "dtype": spec["dtype"]}],
                 "cache_rows": 0,
-                "read_tokens": None if torch.cuda.is_available() else 768,
+                "read_tokens": spec["read_tokens"],
             },
             "prefix": prefix if spec["own_answers"] else {},
         }
@@ -67,20 +68,22 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     for name in spec["imports"]:  # libraries are no part of what is counted
         importlib.import_module(name)
-    held = reset_peak("cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    held = reset_peak(device)
     losses, ends = [], []
     with tempfile.TemporaryDirectory(prefix="stillhouse-trainer-") as folder:
         one = config(spec)
-        model = load_model(spec["student"], None, 0)
-        if not torch.cuda.is_available():
-            model.set_attn_implementation(register())
+        model = load_model(spec["student"], None, 0).to(device)
+        model.set_attn_implementation(register())
         rows = Rows(write_rows(spec, Path(folder) / "rows"), one.max_length, with_teacher=False)
         for metrics in Trainer(model, rows, one).run():
+            if device == "cuda":
+                torch.cuda.synchronize()
             ends.append((time.perf_counter(), int(metrics["tokens"])))
             losses.append(metrics["kd"])
     (start, before), (end, after) = ends[spec["skip"] - 1], ends[-1]
     figures = {"tokens": after - before, "seconds": end - start, "losses": losses}
-    print(json.dumps({**figures, "peak_bytes": resident("VmHWM") - held}))
+    print(json.dumps({**figures, "peak_bytes": peak(device) - held}))
 
 
 if __name__ == "__main__":

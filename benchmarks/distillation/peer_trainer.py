@@ -32,6 +32,11 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
+def peak() -> int:
+    """Most bytes held at once: of the device where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
 class Clock(TrainerCallback):
     """The time and the tokens seen at the end of every step."""
 
@@ -41,6 +46,8 @@ class Clock(TrainerCallback):
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append((time.perf_counter(), self.tokens))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -110,7 +117,7 @@ def trainer(spec: dict[str, Any], rows: list[dict[str, Any]], folder: str, clock
             }
             for row in rows
         ]
-        config = GKDConfig(**common, lmbda=0.0, max_length=1024)
+        config = GKDConfig(**common, lmbda=0.0, max_length=spec["max_length"])
         made = Gkd(
             student, teacher, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer
         )
@@ -138,7 +145,7 @@ def main() -> None:
     for name in spec["imports"]:  # libraries are no part of what is counted
         importlib.import_module(name)
     Path("/proc/self/clear_refs").write_text("5")
-    held = resident("VmRSS")
+    held = 0 if torch.cuda.is_available() else resident("VmRSS")
     with tempfile.TemporaryDirectory(prefix="stillhouse-trl-") as folder:
         trainer(spec, rows, folder, clock).train()
     (start, before), (end, after) = clock.ends[spec["skip"] - 1], clock.ends[-1]
@@ -147,7 +154,7 @@ def main() -> None:
             {
                 "tokens": after - before,
                 "seconds": end - start,
-                "peak_bytes": resident("VmHWM") - held,
+                "peak_bytes": peak() - held,
                 "losses": clock.losses,
             }
         )
