@@ -20,7 +20,8 @@ import psutil
 
 from serve.stack.record import NodeRecord, ray_environment
 from tests.integration.engine_stand_in import stand_in
-from tests.integration.stack_rig import ENGINE, POLICY, LiveStack, family, free_port
+from tests.integration.held_port import held_port
+from tests.integration.stack_rig import ENGINE, POLICY, LiveStack, family
 
 NODE = "second"
 EACH = {"routers": 1, "teachers": 1, "students": 1}
@@ -74,7 +75,7 @@ class ClusterStack(LiveStack):
             "run_dir": str(self.folder / "run"),
             "state_url": f"sqlite:///{stores}/shared/state.db",
             "registry_uri": f"sqlite:///{stores}/shared/mlflow.db",
-            "http": {"port": free_port()},
+            "http": {"port": held_port()},
             "ray": {
                 "object_store_mb": 80,
                 "resources": {**EACH, "controller": 1},

@@ -30,6 +30,7 @@ from serve.state.keys import KeyState, new_key
 from serve.state.rollouts import RolloutState
 from serve.state.tables import open_state
 from serve.state.traffic import RouterReport, TrafficState
+from tests.integration.held_port import held_port
 from tests.integration.router_rig import Server, wait_until
 from tests.unit.rollout_world import GOOD, STABLE, record
 
@@ -80,7 +81,8 @@ class ConsoleStack:
         self._seq = 0
         self._config = folder / "router.json"
         self._config.write_text(f'{{"state_url": "{self.url_of_state}"}}')
-        self.admin = self.start_admin(0)
+        self._port = held_port()
+        self.admin = self.start_admin()
         self._thread = threading.Thread(target=self._tick_until_stopped)
         self._thread.start()
 
@@ -89,9 +91,9 @@ class ConsoleStack:
         """Where the page is."""
         return f"{self.admin.url}/console"
 
-    def start_admin(self, port: int, *flags: str) -> Server:
-        """The admin process on a port (0: a free one)."""
-        return Server("-m", "serve.admin", "--config", str(self._config), "--port", str(port), *flags)
+    def start_admin(self, *flags: str) -> Server:
+        """The admin process, on the same port each time: a page that was open goes on."""
+        return Server("-m", "serve.admin", "--config", str(self._config), "--port", str(self._port), *flags)
 
     def route(self, name: str, stable: Upstream = BIG, **changes: object) -> None:
         """A route."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg
 
-from serve.router.haproxy import free_ports
+from tests.integration.held_port import held_port
 
 _START_S = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -41,7 +41,7 @@ class Postgres:
         self._data, self._log = self.folder / "data", self.folder / "log"
         self._names = 0
         self._initialise()
-        (self.port,) = free_ports(1)
+        self.port = held_port()
         self.process = self._start()
 
     def _readable_programs(self) -> Path:

@@ -21,6 +21,7 @@ from serve.stack.record import StackRecord, read_record
 from serve.state.rollouts import RolloutState, StoredRollout
 from serve.state.tables import open_state
 from serve.state.traffic import TrafficState
+from tests.integration.held_port import held_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "demo" / "models" / "tokenizer"
@@ -62,7 +63,7 @@ class LiveStack:
         """What its configuration file says."""
         return {
             "run_dir": str(self.folder / "run"),
-            "http": {"port": free_port()},
+            "http": {"port": held_port()},
             "upstreams": {
                 "teacher": {
                     "engine": {"model": str(self.teacher), "num_replicas": 2, "lora": ROOM, **ENGINE},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from serve.stack.processes import check_port_free
 from serve.state.keys import KeyState, new_key
 from serve.state.settings import SettingsState
 from serve.state.tables import open_state
+from tests.integration.held_port import held_port
 from tests.integration.router_rig import ROOT, Server, World, get, openai_client, post, wait_until
 
 pytestmark = pytest.mark.integration
@@ -113,8 +113,7 @@ def test_insecure_starts_on_loopback_only(tmp_path: Path) -> None:
 
 def test_the_stack_keeps_the_admin_api_running(tmp_path: Path) -> None:
     """The admin process is started again when it dies, and ended with the stack; its file is private."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = held_port()
     config = ServeConfig.model_validate(
         {
             "run_dir": str(tmp_path),

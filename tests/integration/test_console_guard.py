@@ -105,7 +105,7 @@ def test_without_keys_nobody_is_asked_for_one(browser: Browser, own_console: Con
     """--insecure on loopback: the console opens at once, and says who asked as 'nobody'."""
     rollout_id = ramping(own_console, "open")
     own_console.admin.stop()
-    own_console.admin = own_console.start_admin(0, "--insecure")
+    own_console.admin = own_console.start_admin("--insecure")
     watched = watch(browser, own_console)
     page = watched.open(f"#/rollouts/{rollout_id}")
     page.get_by_role("button", name="pause").click()
@@ -127,7 +127,6 @@ def test_old_data_is_called_old_until_the_server_is_back(own_console: ConsoleSta
     expect(page.locator("#connection-text")).to_have_text("Live")
     expect(phase(page)).to_have_text("ramping")  # live comes first: nothing shown yet cannot be old
     watched.refusals_expected = True
-    port = int(own_console.admin.url.rsplit(":", 1)[1])
     own_console.admin.stop()
     banner = page.locator("#banner")
     expect(banner).to_have_text(
@@ -137,7 +136,7 @@ def test_old_data_is_called_old_until_the_server_is_back(own_console: ConsoleSta
     expect(page.locator("#connection-text")).to_have_text(re.compile(r"^Stale, \d+ s$"))
     expect(page.get_by_role("button", name="pause")).to_have_attribute("aria-disabled", "true")
     expect(phase(page)).to_have_text("ramping")
-    own_console.admin = own_console.start_admin(port)
+    own_console.admin = own_console.start_admin()
     expect(banner).to_be_hidden(timeout=SLOW_MS)
     expect(page.get_by_role("button", name="pause")).not_to_have_attribute("aria-disabled", "true")
     with own_console.paused():

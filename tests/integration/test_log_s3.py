@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from serve.request_log import Keeper
 from serve.request_log.erase import Erased, erase
 from serve.request_log.remote import Remote
 from serve.request_log.segments import final_segments
-from serve.router.haproxy import free_ports
+from tests.integration.held_port import held_port
 from tests.integration.router_rig import World, get, post, total, wait_until
 from tests.integration.test_router_feedback import _erase as erase_by_command
 from tests.integration.test_router_feedback import ask, judge
@@ -29,27 +30,38 @@ from tests.unit.test_log_keeper import segment
 pytestmark = pytest.mark.integration
 KEY_ID, SECRET = "AKIA" + "IOSFODNN7EXAMPLE", "wJalrXUtnFEMI/" + "K7MDENG"
 URL = "s3://logs/team/a"
+START_S = 60.0
+"""Longest wait for moto to listen."""
 
 
 class S3:
     """An S3 server that can go away and come back with what it holds."""
 
     def __init__(self) -> None:
-        (self.port,) = free_ports(1)
+        self.port = held_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._server: ThreadedMotoServer | None = None
         self.up()
 
     def up(self) -> None:
         """Answer."""
-        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        # Its start() waits for ever when its own thread ended, as it does when it cannot listen.
+        starting = threading.Thread(target=server.start, daemon=True)
+        starting.start()
+        starting.join(START_S)
+        assert not starting.is_alive(), f"moto does not listen on {self.url} after {START_S:.0f} s"
+        self._server = server
 
     def away(self) -> None:
         """Refuse connections."""
         if self._server is not None:
             self._server.stop()
         self._server = None
+
+    def forget(self) -> None:
+        """Lose everything. Moto keeps it in this process, so it would outlive the server and its test."""
+        assert post(f"{self.url}/moto-api/reset", {})[0] == 200
 
     def client(self) -> Any:
         """Amazon's own client, to look from outside."""
@@ -73,12 +85,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     server = S3()
+    server.forget()  # first, not last: a test that failed may have left no server to ask
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url)
     s3fs.S3FileSystem.clear_instance_cache()  # kept by options, whatever the environment says
     server.client().create_bucket(Bucket="logs")
     yield server
-    for key in server.objects():
-        server.client().delete_object(Bucket="logs", Key=key)
     server.away()
     s3fs.S3FileSystem.clear_instance_cache()
 
