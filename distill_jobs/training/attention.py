@@ -79,7 +79,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: i
 
 
 def register() -> str:
-    """Make the attention known to transformers; returns its name."""
+    """Make the attention known to transformers; returns its name.
+
+    Turns cuDNN's attention off in this process, which PyTorch prefers on Hopper: it plans for every shape
+    anew, 18 ms forward and 28 ms backward where the kernels take 8 and 22 µs (H200, torch 2.11), and shapes
+    of packed rows and of answers in the making hardly repeat.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(NAME, causal_attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME

@@ -134,3 +134,11 @@ def test_attention_that_it_does_not_compute_is_refused() -> None:
     one = torch.zeros(1, 1, 2, 8)
     with pytest.raises(TrainingError, match="soft caps"):
         attention.causal_attention(torch.nn.Identity(), one, one, one, None, 1.0, softcap=30.0)
+
+
+def test_attention_that_plans_for_every_shape_is_off_in_trainings() -> None:
+    """cuDNN's, which PyTorch prefers on Hopper: there nothing else of the step took as long."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    attention.register()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
