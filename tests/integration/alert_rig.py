@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from k8s.monitoring.rules import read_groups, scale, write_rules
-from tests.integration.stack_rig import free_port, wait_until
+from tests.integration.held_port import held_port
+from tests.integration.stack_rig import wait_until
 from tests.tools import debian_binary
 
 LIMIT_S = 240.0
@@ -91,7 +92,7 @@ class Monitoring:
     def __init__(self, folder: Path, target: str, factor: float) -> None:
         self.receiver = Receiver()
         self._processes: list[subprocess.Popen[bytes]] = []
-        alerts, metrics = free_port(), free_port()
+        alerts, metrics = held_port(), held_port()
         self.url = f"http://127.0.0.1:{metrics}"
         route = {"receiver": "hook", "group_by": ["..."], "group_wait": "0s", "group_interval": "1s"}
         hook = {"url": self.receiver.url, "send_resolved": False}

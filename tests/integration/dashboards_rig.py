@@ -25,8 +25,9 @@ import yaml
 from serve.state.keys import KeyState, new_key
 from serve.state.tables import open_state
 from tests.integration.flywheel_world import write_flywheel
+from tests.integration.held_port import held_port
 from tests.integration.router_rig import Server, World, post
-from tests.integration.stack_rig import ROOT, LiveStack, free_port, wait_until
+from tests.integration.stack_rig import ROOT, LiveStack, wait_until
 
 CHAT = "/v1/chat/completions"
 GRADERS = {
@@ -44,7 +45,7 @@ class Prometheus:
         pace = {"scrape_interval": "2s", "scrape_timeout": "2s"}
         config = {"global": pace, "scrape_configs": jobs}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        port = free_port()
+        port = held_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [str(program), f"--config.file={folder / 'prometheus.yml'}"]
         command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
@@ -119,7 +120,7 @@ class Flywheel:
     """`stillhouse flywheel run` over a small log, its run a tiny real training."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+        self.port = held_port()
         pipeline = [sys.executable, "-m", "tests.integration.flywheel_pipeline", "{workdir}", str(folder)]
         triggers = {"rows": 50, "feedback": {"bad_share": 0.9, "min_judgements": 5}}
         file = write_flywheel(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -269,10 +268,3 @@ def request_rows(config: ServeConfig) -> list[dict[str, Any]]:
     folder = config.run_dir / "requests"
     lines = [line for f in sorted(folder.glob("requests-*.jsonl")) for line in f.read_text().splitlines()]
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -26,8 +26,9 @@ from serve.state.rollouts import RolloutState
 from serve.state.settings import SettingsState
 from serve.state.tables import open_state
 from tests.integration.alert_rig import LIMIT_S, Monitoring
+from tests.integration.held_port import held_port
 from tests.integration.router_rig import ROOT, Fake, World, openai_client
-from tests.integration.stack_rig import free_port, wait_until
+from tests.integration.stack_rig import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -70,7 +71,7 @@ class Trouble:
 
     def nobody(self) -> Upstream:
         """An engine that is gone."""
-        return self.upstream("gone", f"http://127.0.0.1:{free_port()}")
+        return self.upstream("gone", f"http://127.0.0.1:{held_port()}")
 
     def route(self, name: str, stable: Upstream, **fields: Any) -> Split:
         """Put a route into the running stack."""

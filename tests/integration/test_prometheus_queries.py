@@ -21,7 +21,8 @@ from contracts.traffic import Split, Upstream
 from serve.rollout.observation import QueryReading
 from serve.rollout.prometheus import Problem, Prometheus
 from serve.rollout.queries import CURSOR, QueryReader, check_queries
-from tests.integration.stack_rig import free_port, wait_until
+from tests.integration.held_port import held_port
+from tests.integration.stack_rig import wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +61,7 @@ class Shop:
         scrape = {"job_name": "shop", "static_configs": [{"targets": [target]}]}
         every = {"scrape_interval": "200ms", "scrape_timeout": "200ms"}
         (folder / "p.yml").write_text(yaml.safe_dump({"global": every, "scrape_configs": [scrape]}))
-        port = free_port()
+        port = held_port()
         self.config = PrometheusConfig(url=f"http://127.0.0.1:{port}", lag_s=1.0)
         command = [
             str(program),

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.stack_rig import LiveStack, free_port, wait_until
+from tests.integration.held_port import held_port
+from tests.integration.stack_rig import LiveStack, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.whole, pytest.mark.timeout(600)]
 
@@ -24,7 +25,7 @@ SENT = 40
 @pytest.fixture
 def server(stack: LiveStack, prometheus: Path, tmp_path: Path) -> Iterator[str]:
     """A Prometheus server that scrapes the stack every second; its base URL."""
-    port = free_port()
+    port = held_port()
     target = f"127.0.0.1:{stack.config.http.port}"
     (tmp_path / "prometheus.yml").write_text(
         yaml.safe_dump(
