@@ -16,6 +16,8 @@ from benchmarks.results import Bar, Result, head, result_file, write
 
 Found = tuple[list[dict[str, Any]], list[Bar]]
 """A part's rows and bars."""
+_HIDDEN = {"part", "refused", "largest"}
+"""Of a row, what has no column: it is said elsewhere, or too long."""
 
 
 def record(benchmark: str, part: str, found: Found, parts: Sequence[str]) -> list[str]:
@@ -49,7 +51,7 @@ def _known(benchmark: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, l
 def show(console: Console, title: str, found: Found) -> None:
     """A part's rows as a table of what they share, what was refused, then the bars."""
     rows, bars = found
-    columns = [key for key in rows[0] if key not in ("part", "refused")]
+    columns = [key for key in rows[0] if key not in _HIDDEN]
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))

@@ -5,6 +5,7 @@ Knows nothing about what was measured.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -53,6 +54,7 @@ def at_most(what: str, value: float, bound: float, unit: str = "") -> Bar:
     return Bar(what=what, value=value, bar=f"≤ {bound:g}{unit}", ok=value <= bound)
 
 
+@functools.cache
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPUs of this machine."""
     cpu = platform.processor() or platform.machine()

@@ -42,10 +42,11 @@ class Pair:
     teacher: tuple[int, int]
     heads: int = 4
     head_dim: int = 64
+    stored: str = "float32"
 
 
 WIDE = Pair(32_768, (2, 256), (6, 320))
-QWEN3 = Pair(151_936, (28, 1024), (28, 2048), 16, 128)
+QWEN3 = Pair(151_936, (28, 1024), (28, 2048), 16, 128, "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def random_model(folder: Path, pair: Pair, layers: int, width: int) -> str:
         tokenizer=str(MODELS / "tokenizer"),
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        from_shape(shape, 0).to(torch.bfloat16 if pair is QWEN3 else torch.float32).save_pretrained(folder)
+        from_shape(shape, 0).to(getattr(torch, pair.stored)).save_pretrained(folder)
     torch.cuda.empty_cache()
     AutoTokenizer.from_pretrained(MODELS / "tokenizer").save_pretrained(folder)
     return str(folder)

@@ -38,7 +38,7 @@ def _part(name: str) -> Rows:
 
 def measured() -> Measured:
     """The figures that the arithmetic multiplies."""
-    logs = {row["mode"]: row for row in _part("log")}
+    logs = {row["mode"]: row for row in _part("logs")}
     ledger = max(_part("ledger"), key=lambda row: row["routes"] * (row["store"] == "postgresql"))
     return Measured(
         replica_per_s=replica_per_s(),
@@ -147,7 +147,7 @@ def blocks() -> dict[str, str]:
              "queries_per_s": "queries/s", "load": "load of the machine"},
         ),
         "log": _table(
-            _part("log"),
+            _part("logs"),
             {"mode": "mode", "bytes_per_request": "bytes a request", "rows_per_s": "rows/s",
              "mb_per_s": "MB/s", "cpu_ms_per_1000": "processor time of 1,000 rows (ms)"},
         ),

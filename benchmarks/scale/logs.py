@@ -109,7 +109,7 @@ def _measure(mode: LogMode, rows: int) -> dict[str, Any]:
     if hooks.lost or hooks.rows != rows:
         raise RuntimeError(f"{hooks.lost} of {rows} rows were lost, {hooks.rows} written")
     return {
-        "part": "log",
+        "part": "logs",
         "mode": mode.value,
         "rows": rows,
         "bytes_per_request": round(size / rows),

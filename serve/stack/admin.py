@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from serve.config import ServeConfig
+from serve.stack.processes import end_child
 from serve.state.keys import KeyState, new_key
 from serve.state.tables import open_state
 
@@ -53,14 +54,7 @@ class AdminProcess:
 
     def stop(self) -> None:
         """End it."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process, _STOP_S)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import psutil
 from contracts.errors import EngineError
 from serve.config import NodeSection, ServeConfig
 from serve.router.haproxy import free_ports
+from serve.stack.processes import end_child
 from serve.stack.ray_head import START_ATTEMPTS
 from serve.stack.record import NodeRecord
 
@@ -144,14 +145,7 @@ class _Node:
 
     def end(self) -> None:
         """End it: SIGTERM, by which `ray start` ends the node's own processes, then SIGKILL."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process, _STOP_S)
 
 
 def joined() -> set[str]:

@@ -7,6 +7,7 @@ became of their parents, and nobody else's ever are. Knows nothing about what th
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 
 import psutil
@@ -63,6 +64,18 @@ def _signal(process: psutil.Process, kill: bool) -> None:
         process.kill() if kill else process.terminate()
     except psutil.NoSuchProcess:
         pass
+
+
+def end_child(process: subprocess.Popen[bytes] | None, patience_s: float) -> None:
+    """End a process of our own, if it runs: SIGTERM, then SIGKILL."""
+    if process is None or process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def check_port_free(host: str, port: int, field: str = "http.port") -> None:
